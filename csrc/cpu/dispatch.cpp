@@ -1,0 +1,314 @@
+#include "cpu/dispatch.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/credit.hpp"
+#include "cpu/row_math.hpp"
+#include "cpu/streams.hpp"
+
+namespace deep_a2a::cpu {
+namespace {
+
+// Hands the count vector of `source` to every rank of this node.
+void store_counts(Transport& transport, const Turn& turn, int source, const char* vector) {
+  const int64_t bytes = CountVector::bytes(transport.shape());
+  for (int local = 0; local < transport.topology().ranks_per_node; ++local) {
+    char* counts = transport.region(transport.neighbour(local), Region::kCounts, turn.lane);
+    std::memcpy(counts + source * bytes, vector, static_cast<size_t>(bytes));
+  }
+  transport.signal_node(turn, Region::kCountsFlag, source);
+}
+
+}  // namespace
+
+Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
+                   uint64_t slot_use)
+    : transport_(transport),
+      shape_(transport.shape()),
+      args_(args),
+      handle_(std::move(handle)),
+      cached_(cached),
+      slot_use_(slot_use),
+      stream_row_(StreamRow::dispatch(shape_, args.format, cached)) {
+  for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
+    const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, args_.slot); };
+    slots_.push_back({at(Region::kRecvRows), at(Region::kRecvScales),
+                      reinterpret_cast<int32_t*>(at(Region::kRecvTopkIdx)),
+                      reinterpret_cast<float*>(at(Region::kRecvTopkWeights)),
+                      reinterpret_cast<int32_t*>(at(Region::kRecvExpertRows))});
+  }
+}
+
+void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
+  d0_credit(turn);
+  d4_cast();
+  if (!cached_) {
+    d1_count();
+    d2_exchange(turn);
+  }
+  d4_send_nodes(turn);
+  if (!cached_) {
+    d2_relay(turn);
+    d3_bases(turn);
+  }
+  on_counts();
+  d4_send_own_node(turn);
+}
+
+void Dispatch::receive(const Turn& turn, const OwnedOutput& owned) {
+  d5_relay(turn);
+  d6_arrival(turn);
+  finish(turn);
+  if (owned.rows == nullptr) return;
+  copy_out(owned);
+  release(turn);
+}
+
+void Dispatch::release(const Turn& turn) {
+  if (!settled_) release_slot(transport_, turn, args_.slot, slot_use_);
+  settled_ = true;
+}
+
+void Dispatch::d0_credit(const Turn& turn) {
+  wait_lane_credit(transport_, turn, Step::kD0Credit);
+  wait_slot_credit(transport_, turn, args_.slot, slot_use_ - 1);
+}
+
+void Dispatch::d1_count() {
+  counts_.resize(static_cast<size_t>(CountVector::bytes(shape_)));
+  count_tokens(shape_, transport_.node(), args_, *handle_, CountVector::at(shape_, counts_.data()));
+}
+
+void Dispatch::d2_exchange(const Turn& turn) {
+  const int streams = shape_.topology.num_peer_nodes();
+  if (streams > 0) {
+    char* out = transport_.region(transport_.rank(), Region::kNetCountsOut, turn.lane);
+    std::memcpy(out, counts_.data(), counts_.size());
+    for (int stream = 0; stream < streams; ++stream) {
+      const int peer = transport_.rail_peer(stream), there = transport_.stream_at_peer(stream);
+      char* to = transport_.region(peer, Region::kNetCountsIn, turn.lane) + there * CountVector::bytes(shape_);
+      transport_.put_signal(peer, turn.lane, to, out, CountVector::bytes(shape_),
+                            transport_.word(peer, Region::kNetCountsFlag, turn.lane, there), turn.epoch);
+    }
+  }
+  store_counts(transport_, turn, transport_.rank(), counts_.data());
+}
+
+void Dispatch::d2_relay(const Turn& turn) {
+  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
+    const int peer = transport_.rail_peer(stream);
+    transport_.wait(turn, transport_.word(transport_.rank(), Region::kNetCountsFlag, turn.lane, stream), turn.epoch,
+                    {Step::kD2Exchange, peer});
+    const char* in = transport_.region(transport_.rank(), Region::kNetCountsIn, turn.lane);
+    store_counts(transport_, turn, peer, in + stream * CountVector::bytes(shape_));
+  }
+}
+
+void Dispatch::d3_bases(const Turn& turn) {
+  for (int source = 0; source < shape_.topology.num_ranks; ++source) {
+    transport_.wait(turn, transport_.word(transport_.rank(), Region::kCountsFlag, turn.lane, source), turn.epoch,
+                    {Step::kD3Bases, source});
+  }
+  const AllCounts counts(shape_, transport_.region(transport_.rank(), Region::kCounts, turn.lane));
+  handle_->relay_routes.resize(static_cast<size_t>(shape_.topology.num_peer_nodes()));
+  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
+    const int rows = counts.of(transport_.rail_peer(stream)).node_rows[transport_.node()];
+    handle_->relay_routes[stream].resize(static_cast<size_t>(rows) * shape_.num_topk);
+  }
+  const Verdict verdict = agree(shape_, counts);
+  if (verdict.refusal) refuse(turn, verdict);
+  bases_.emplace(shape_, transport_.node(), counts);
+  for (RouteEntry& entry : handle_->routes) {
+    if (bases_->on_node(entry.expert)) bases_->apply(transport_.rank(), entry);
+  }
+  fill_received_counts(shape_, transport_.rank(), counts, args_.fixed_shapes, *handle_);
+}
+
+// Every rank comes here with the same verdict. What is on its way to this rank as a relay is waited for and dropped.
+void Dispatch::refuse(const Turn& turn, const Verdict& verdict) {
+  drain_streams(transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); },
+                [](int, int, int) {});
+  finish(turn);
+  if (verdict.slots_disagree) {
+    settled_ = true;
+    transport_.poison(verdict.refusal);
+  }
+  release(turn);
+  std::rethrow_exception(verdict.refusal);
+}
+
+void Dispatch::d4_cast() {
+  if (args_.cast == Cast::kNone) return;
+  const int64_t payload = args_.format.payload_bytes, scales = args_.format.scale_bytes;
+  cast_rows_.resize(static_cast<size_t>(args_.num_tokens * (payload + scales)));
+  char* first_scales = cast_rows_.data() + args_.num_tokens * payload;
+  for (int64_t token = 0; token < args_.num_tokens; ++token) {
+    const auto* row = reinterpret_cast<const uint16_t*>(static_cast<const char*>(args_.x) + token * args_.x_pitch);
+    cast_row(row, shape_.hidden, args_.cast, args_.scale_format,
+             reinterpret_cast<uint8_t*>(cast_rows_.data() + token * payload), first_scales + token * scales);
+  }
+  args_.x = cast_rows_.data();
+  args_.x_pitch = payload;
+  args_.scales = first_scales;
+  args_.scales_pitch = scales;
+}
+
+Dispatch::Row Dispatch::input_row(int token) const {
+  const auto* scales = static_cast<const char*>(args_.scales);
+  return {static_cast<const char*>(args_.x) + token * args_.x_pitch,
+          scales != nullptr ? scales + token * args_.scales_pitch : nullptr};
+}
+
+void Dispatch::d4_send_nodes(const Turn& turn) {
+  const int topk = shape_.num_topk;
+  std::vector<OutStream> streams;
+  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
+    streams.emplace_back(transport_, turn, stream, stream_row_.bytes,
+                         handle_->node_rows[shape_.topology.stream_node(transport_.node(), stream)]);
+  }
+  if (streams.empty()) return;
+  for (int token = 0; token < args_.num_tokens; ++token) {
+    const size_t first = static_cast<size_t>(token) * topk;
+    for (int slot = 0; slot < topk; ++slot) {
+      const int32_t row = handle_->stream_rows[first + slot];
+      if (row < 0) continue;
+      const int to_node = shape_.node_of_expert(handle_->routes[first + slot].expert);
+      const int stream = shape_.topology.stream_idx(transport_.node(), to_node);
+      if (row < streams[stream].num_written()) continue;  // an earlier slot of this token went there too
+      char* to = streams[stream].next_row();
+      const Row input = input_row(token);
+      std::memcpy(to, input.payload, static_cast<size_t>(args_.format.payload_bytes));
+      if (input.scales != nullptr) {
+        std::memcpy(to + stream_row_.side_offset, input.scales, static_cast<size_t>(args_.format.scale_bytes));
+      }
+      if (!cached_) {
+        auto* routes = reinterpret_cast<RouteEntry*>(to + stream_row_.routes_offset);
+        for (int k = 0; k < topk; ++k) {
+          routes[k] = handle_->routes[first + k];
+          if (routes[k].expert >= 0 && shape_.node_of_expert(routes[k].expert) != to_node) routes[k].expert = -1;
+        }
+      }
+      streams[stream].row_written();
+    }
+  }
+}
+
+void Dispatch::d4_send_own_node(const Turn& turn) {
+  for (int token = 0; token < args_.num_tokens; ++token) {
+    place(&handle_->routes[static_cast<size_t>(token) * shape_.num_topk], input_row(token));
+  }
+  transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank());
+}
+
+// Stores a row to all its final rows on this node: once per destination rank, or once per expert.
+void Dispatch::place(const RouteEntry* entries, const Row& row) {
+  const int topk = shape_.num_topk;
+  const bool row_per_rank = shape_.layout == Layout::kRank;
+  for (int slot = 0; slot < topk; ++slot) {
+    const int expert = entries[slot].expert;
+    if (expert < 0 || shape_.node_of_expert(expert) != transport_.node()) continue;
+    const int rank = shape_.rank_of_expert(expert);
+    const SlotView& to = slots_[shape_.topology.local_of(rank)];
+    const bool first = std::none_of(entries, entries + slot, [&](const RouteEntry& earlier) {
+      return earlier.expert >= 0 && shape_.rank_of_expert(earlier.expert) == rank;
+    });
+    int64_t bytes = 0;
+    if (first || !row_per_rank) {
+      const int64_t at = row_per_rank ? entries[slot].rank_row : entries[slot].expert_row;
+      std::memcpy(to.rows + at * args_.format.payload_bytes, row.payload, static_cast<size_t>(args_.format.payload_bytes));
+      if (row.scales != nullptr) {
+        std::memcpy(to.scales + at * args_.format.scale_pitch(), row.scales, static_cast<size_t>(args_.format.scale_bytes));
+      }
+      bytes += args_.format.payload_bytes + args_.format.scale_bytes;
+    }
+    if (first && !cached_) {
+      place_routing(to, rank, entries, entries[slot].rank_row);
+      bytes += int64_t{topk} * 12;
+    }
+    if (rank != transport_.rank()) transport_.count_shm_bytes(bytes);
+  }
+}
+
+void Dispatch::place_routing(const SlotView& to, int rank, const RouteEntry* entries, int64_t rank_row) {
+  const int topk = shape_.num_topk;
+  const int first_expert = rank * shape_.num_local_experts();
+  for (int slot = 0; slot < topk; ++slot) {
+    const RouteEntry& entry = entries[slot];
+    const bool here = entry.expert >= first_expert && entry.expert < first_expert + shape_.num_local_experts();
+    to.topk_idx[rank_row * topk + slot] = here ? entry.expert - first_expert : -1;
+    to.topk_weights[rank_row * topk + slot] = here ? entry.weight : 0.0f;
+    to.expert_rows[rank_row * topk + slot] = here ? entry.expert_row : -1;
+  }
+}
+
+int Dispatch::num_relay_rows(int stream) const {
+  return static_cast<int>(handle_->relay_routes[stream].size()) / shape_.num_topk;
+}
+
+void Dispatch::d5_relay(const Turn& turn) {
+  if (shape_.topology.num_peer_nodes() == 0) return;
+  const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
+  drain_streams(
+      transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); },
+      [&](int stream, int first_row, int end_row) {
+        const int source = transport_.rail_peer(stream);
+        for (int64_t row = first_row; row < end_row; ++row) {
+          const char* from = in + stream_offset(shape_, stream) + row * stream_row_.bytes;
+          RouteEntry* routes = &handle_->relay_routes[stream][static_cast<size_t>(row) * shape_.num_topk];
+          if (!cached_) {
+            std::memcpy(routes, from + stream_row_.routes_offset, sizeof(RouteEntry) * static_cast<size_t>(shape_.num_topk));
+            for (int slot = 0; slot < shape_.num_topk; ++slot) {
+              if (routes[slot].expert >= 0) bases_->apply(source, routes[slot]);
+            }
+          }
+          place(routes, {from, args_.format.scale_bytes > 0 ? from + stream_row_.side_offset : nullptr});
+        }
+      });
+  transport_.signal_node(turn, Region::kRelayedFlag, transport_.local_rank());
+}
+
+void Dispatch::d6_arrival(const Turn& turn) {
+  for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
+    const int peer = transport_.neighbour(local);
+    transport_.wait(turn, transport_.word(transport_.rank(), Region::kSentFlag, turn.lane, local), turn.epoch,
+                    {Step::kD6Sent, peer});
+    if (shape_.topology.num_peer_nodes() == 0) continue;
+    transport_.wait(turn, transport_.word(transport_.rank(), Region::kRelayedFlag, turn.lane, local), turn.epoch,
+                    {Step::kD6Relayed, peer});
+  }
+  if (args_.zero_padding) zero_padding();
+  if (!cached_) keep_routing();
+}
+
+void Dispatch::zero_padding() {
+  const SlotView& own = slots_[transport_.local_rank()];
+  for (int expert = 0; shape_.layout != Layout::kRank && expert < shape_.num_local_experts(); ++expert) {
+    const int64_t first = int64_t{handle_->expert_offsets[expert]} + handle_->rows_per_expert[expert];
+    const int64_t rows = handle_->expert_offsets[expert + 1] - first;
+    std::memset(own.rows + first * args_.format.payload_bytes, 0, static_cast<size_t>(rows * args_.format.payload_bytes));
+    std::memset(own.scales + first * args_.format.scale_pitch(), 0, static_cast<size_t>(rows * args_.format.scale_pitch()));
+  }
+}
+
+void Dispatch::keep_routing() {
+  const SlotView& own = slots_[transport_.local_rank()];
+  const int64_t entries = handle_->num_rank_rows * shape_.num_topk;
+  std::copy_n(own.topk_idx, entries, handle_->topk_idx.begin());
+  std::copy_n(own.topk_weights, entries, handle_->topk_weights.begin());
+  std::copy_n(own.expert_rows, entries, handle_->expert_rows.begin());
+}
+
+void Dispatch::copy_out(const OwnedOutput& owned) const {
+  const SlotView& own = slots_[transport_.local_rank()];
+  const RowFormat& format = args_.format;
+  std::memcpy(owned.rows, own.rows, static_cast<size_t>(handle_->num_rows * format.payload_bytes));
+  for (int64_t row = 0; owned.scales != nullptr && row < handle_->num_rows; ++row) {
+    std::memcpy(static_cast<char*>(owned.scales) + row * format.scale_bytes, own.scales + row * format.scale_pitch(),
+                static_cast<size_t>(format.scale_bytes));
+  }
+}
+
+void Dispatch::finish(const Turn& turn) { give_lane_credit(transport_, turn); }
+
+}  // namespace deep_a2a::cpu

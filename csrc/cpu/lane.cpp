@@ -1,0 +1,65 @@
+#include "cpu/lane.hpp"
+
+namespace deep_a2a::cpu {
+
+void Event::set(std::exception_ptr error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (set_) return;
+  set_ = true;
+  error_ = std::move(error);
+  changed_.notify_all();
+}
+
+bool Event::is_set() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return set_;
+}
+
+void Event::wait() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return set_; });
+  if (error_) std::rethrow_exception(error_);
+}
+
+Lane::~Lane() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  thread_.join();
+}
+
+std::shared_ptr<Event> Lane::enqueue(std::function<void(const Turn&)> work, bool new_epoch) {
+  auto event = std::make_shared<Event>();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back({std::move(work), new_epoch, event});
+  }
+  wake_.notify_one();
+  return event;
+}
+
+void Lane::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    wake_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+    if (jobs_.empty()) return;
+    Job job = std::move(jobs_.front());
+    jobs_.pop_front();
+    lock.unlock();
+    std::exception_ptr error;
+    try {
+      transport_.throw_if_aborted();
+      if (job.new_epoch) ++turn_.epoch;
+      job.work(turn_);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    job.work = nullptr;  // what it holds goes before anybody hears that it is done
+    job.event->set(error);
+    lock.lock();
+  }
+}
+
+}  // namespace deep_a2a::cpu

@@ -1,0 +1,81 @@
+#include "cpu/network.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace deep_a2a::cpu {
+namespace {
+
+constexpr int64_t kMaxPieces = 8;
+
+void set_word(const Put& put) {
+  store_release(put.word, put.value);
+  put.doorbell->ring();
+}
+
+}  // namespace
+
+void deliver(const Put& put) {
+  if (put.bytes > 0) std::memcpy(put.to, put.from, static_cast<size_t>(put.bytes));
+  set_word(put);
+}
+
+DisturbedNetwork::DisturbedNetwork(uint64_t seed) : random_(seed), thread_([this] { run(); }) {}
+
+DisturbedNetwork::~DisturbedNetwork() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  thread_.join();
+}
+
+void DisturbedNetwork::submit(const Put& put) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t pieces = put.bytes > 0 ? 1 + static_cast<int64_t>(random_() % kMaxPieces) : 0;
+  Pending pending{put, {}, pieces > 0 ? (put.bytes + pieces - 1) / pieces : 0};
+  for (int64_t start = 0; start < put.bytes; start += pending.piece_bytes) pending.pieces.push_back(start);
+  std::shuffle(pending.pieces.begin(), pending.pieces.end(), random_);
+  pending_.push_back(std::move(pending));
+  wake_.notify_one();
+}
+
+void DisturbedNetwork::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    wake_.wait(lock, [this] { return stopping_ || !pending_.empty(); });
+    if (pending_.empty()) return;
+    if (!stopping_ && random_() % 8 == 0) {  // be late, so that puts pile up and can overtake each other
+      const auto delay = std::chrono::microseconds(random_() % 300);
+      lock.unlock();
+      std::this_thread::sleep_for(delay);
+      lock.lock();
+    }
+    step(lock);
+  }
+}
+
+// One piece of one put, or its signal once no piece is left.
+void DisturbedNetwork::step(std::unique_lock<std::mutex>& lock) {
+  const size_t chosen = random_() % pending_.size();
+  Pending& pending = pending_[chosen];
+  if (pending.pieces.empty()) {
+    const Put put = pending.put;
+    pending_.erase(pending_.begin() + static_cast<int64_t>(chosen));
+    lock.unlock();
+    set_word(put);
+    lock.lock();
+    return;
+  }
+  const int64_t start = pending.pieces.back();
+  pending.pieces.pop_back();
+  const Put put = pending.put;
+  const int64_t bytes = std::min(pending.piece_bytes, put.bytes - start);
+  lock.unlock();  // only this thread removes puts, so nothing of this one moves meanwhile
+  std::memcpy(put.to + start, put.from + start, static_cast<size_t>(bytes));
+  lock.lock();
+}
+
+}  // namespace deep_a2a::cpu

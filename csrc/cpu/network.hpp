@@ -1,0 +1,57 @@
+// The verb across nodes. In tests it can be told to deliver as badly as a network may.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/doorbell.hpp"
+
+namespace deep_a2a::cpu {
+
+// One put with its signal, addresses in this process.
+struct Put {
+  char* to = nullptr;
+  const char* from = nullptr;  // must stay as it is until the receiver has given credit
+  int64_t bytes = 0;
+  uint64_t* word = nullptr;
+  uint64_t value = 0;
+  Doorbell* doorbell = nullptr;
+};
+
+// Copies the bytes, then sets the word: the word vouches for these bytes alone.
+void deliver(const Put& put);
+
+// Delivers puts from a thread of its own, in an order drawn from `seed`: late, in small pieces, pieces of several puts
+// interleaved, signals overtaking other puts and other signals. Only the bytes of a put precede its own signal.
+class DisturbedNetwork {
+ public:
+  explicit DisturbedNetwork(uint64_t seed);
+  ~DisturbedNetwork();  // delivers what is left
+
+  void submit(const Put& put);
+
+ private:
+  struct Pending {
+    Put put;
+    std::vector<int64_t> pieces;  // starts of the pieces still to be copied, in random order
+    int64_t piece_bytes;
+  };
+
+  void run();
+  void step(std::unique_lock<std::mutex>& lock);
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<Pending> pending_;
+  std::mt19937_64 random_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+}  // namespace deep_a2a::cpu

@@ -1,0 +1,195 @@
+#include "cpu/plan.hpp"
+
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "common/check.hpp"
+#include "cpu/errors.hpp"
+
+namespace deep_a2a::cpu {
+namespace {
+
+int64_t read_expert(const DispatchArgs& args, int64_t idx) {
+  return args.topk_idx_bytes == 8 ? static_cast<const int64_t*>(args.topk_idx)[idx]
+                                  : static_cast<const int32_t*>(args.topk_idx)[idx];
+}
+
+template <class Class>
+int first_slot_of(const RouteEntry* entries, int slot, Class&& class_of) {
+  const int wanted = class_of(entries[slot].expert);
+  for (int earlier = 0; earlier < slot; ++earlier) {
+    if (entries[earlier].expert >= 0 && class_of(entries[earlier].expert) == wanted) return earlier;
+  }
+  return slot;
+}
+
+template <class... Parts>
+std::exception_ptr mismatch(const Parts&... parts) {
+  return std::make_exception_ptr(MismatchError(text(parts...)));
+}
+
+template <class... Parts>
+std::exception_ptr overflow(const Parts&... parts) {
+  return std::make_exception_ptr(CapacityError(text(parts...)));
+}
+
+// Rows of `x` that an expert's group takes at its rank.
+int64_t group_rows(const Shape& s, int64_t tokens) {
+  switch (s.layout) {
+    case Layout::kRank: return 0;
+    case Layout::kExpert: return align_up<int64_t>(tokens, s.expert_alignment);
+    case Layout::kPadded: return s.expert_capacity;
+  }
+  return 0;
+}
+
+std::vector<int64_t> tokens_per_expert(const Shape& s, const AllCounts& counts) {
+  std::vector<int64_t> tokens(static_cast<size_t>(s.num_experts), 0);
+  for (int source = 0; source < s.topology.num_ranks; ++source) {
+    const int32_t* rows = counts.of(source).expert_rows;
+    for (int expert = 0; expert < s.num_experts; ++expert) tokens[expert] += rows[expert];
+  }
+  return tokens;
+}
+
+std::exception_ptr find_overflow(const Shape& s, const AllCounts& counts) {
+  const std::vector<int64_t> tokens = tokens_per_expert(s, counts);
+  for (int rank = 0; rank < s.topology.num_ranks; ++rank) {
+    int64_t rank_rows = 0, rows = 0;
+    for (int source = 0; source < s.topology.num_ranks; ++source) rank_rows += counts.of(source).rank_rows[rank];
+    for (int local = 0; local < s.num_local_experts(); ++local) {
+      const int expert = rank * s.num_local_experts() + local;
+      rows += group_rows(s, tokens[expert]);
+      if (s.layout == Layout::kPadded && tokens[expert] > s.expert_capacity) {
+        return overflow("rank ", rank, " would receive ", tokens[expert], " tokens for expert ", expert,
+                        ", but expert_capacity is ", s.expert_capacity);
+      }
+    }
+    if (s.layout == Layout::kRank) rows = rank_rows;
+    if (rows > s.slot_rows() || rank_rows > s.slot_rank_rows()) {
+      return overflow("rank ", rank, " would receive ", rows, " rows, but max_recv_rows is ", s.slot_rows());
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void count_tokens(const Shape& s, int node, const DispatchArgs& args, Handle& handle, CountVector counts) {
+  const int topk = s.num_topk;
+  const size_t entries = static_cast<size_t>(args.num_tokens) * topk;
+  handle.num_tokens = args.num_tokens;
+  handle.routes.assign(entries, {-1, 0.0f, -1, -1});
+  handle.stream_rows.assign(entries, -1);
+  std::memset(counts.header, 0, static_cast<size_t>(CountVector::bytes(s)));
+  *counts.header = {args.num_tokens, args.format.payload_bytes, args.format.scale_bytes, args.slot, -1, 0, 0};
+
+  for (int token = 0; token < args.num_tokens; ++token) {
+    RouteEntry* route = &handle.routes[static_cast<size_t>(token) * topk];
+    int32_t* stream_rows = &handle.stream_rows[static_cast<size_t>(token) * topk];
+    for (int slot = 0; slot < topk; ++slot) {
+      const int64_t idx = int64_t{token} * topk + slot;
+      const int64_t expert = read_expert(args, idx);
+      if (expert < -1 || expert >= s.num_experts) {
+        if (counts.header->bad_token < 0) {
+          counts.header->bad_token = token;
+          counts.header->bad_topk = slot;
+          counts.header->bad_expert = expert;
+        }
+        continue;
+      }
+      if (expert < 0) continue;
+      RouteEntry& entry = route[slot];
+      entry.expert = static_cast<int32_t>(expert);
+      entry.weight = args.topk_weights != nullptr ? args.topk_weights[idx] : 1.0f;
+      entry.expert_row = counts.expert_rows[expert]++;
+      const int same_rank = first_slot_of(route, slot, [&](int e) { return s.rank_of_expert(e); });
+      entry.rank_row = same_rank < slot ? route[same_rank].rank_row : counts.rank_rows[s.rank_of_expert(entry.expert)]++;
+      const int to_node = s.node_of_expert(entry.expert);
+      const int same_node = first_slot_of(route, slot, [&](int e) { return s.node_of_expert(e); });
+      if (to_node == node) continue;
+      stream_rows[slot] = same_node < slot ? stream_rows[same_node] : counts.node_rows[to_node]++;
+    }
+  }
+  handle.node_rows.assign(counts.node_rows, counts.node_rows + s.topology.num_nodes());
+}
+
+Verdict agree(const Shape& s, const AllCounts& counts) {
+  const CountHeader& first = *counts.of(0).header;
+  for (int rank = 1; rank < s.topology.num_ranks; ++rank) {
+    const CountHeader& other = *counts.of(rank).header;
+    if (other.slot != first.slot) {
+      return {mismatch("rank ", rank, " dispatches into slot ", other.slot, ", rank 0 into slot ", first.slot,
+                       ": results must be released in the same order on every rank"),
+              true};
+    }
+    if (other.payload_bytes != first.payload_bytes || other.scale_bytes != first.scale_bytes) {
+      return {mismatch("rank ", rank, " dispatches rows of ", other.payload_bytes, " bytes with ", other.scale_bytes,
+                       " bytes of scales, rank 0 rows of ", first.payload_bytes, " with ", first.scale_bytes)};
+    }
+  }
+  for (int rank = 0; rank < s.topology.num_ranks; ++rank) {
+    const CountHeader& header = *counts.of(rank).header;
+    if (header.bad_token >= 0) {
+      return {std::make_exception_ptr(std::invalid_argument(
+          text("topk_idx[", header.bad_token, ", ", header.bad_topk, "] of rank ", rank, " is ", header.bad_expert,
+               ", expected -1 (no expert) or an expert in [0, ", s.num_experts, ")")))};
+    }
+  }
+  return {find_overflow(s, counts)};
+}
+
+Bases::Bases(const Shape& s, int node, const AllCounts& counts)
+    : first_expert_(node * s.experts_per_node()),
+      ranks_(s.topology.ranks_per_node),
+      experts_(s.experts_per_node()),
+      experts_per_rank_(s.num_local_experts()),
+      rank_bases_(static_cast<size_t>(s.topology.num_ranks) * ranks_),
+      expert_bases_(static_cast<size_t>(s.topology.num_ranks) * experts_) {
+  const std::vector<int64_t> tokens = tokens_per_expert(s, counts);
+  std::vector<int32_t> rank_rows(static_cast<size_t>(ranks_), 0);
+  std::vector<int32_t> expert_rows(static_cast<size_t>(experts_), 0);
+  for (int local = 0; local < ranks_; ++local) {
+    int64_t start = 0;
+    for (int expert = local * experts_per_rank_; expert < (local + 1) * experts_per_rank_; ++expert) {
+      expert_rows[expert] = static_cast<int32_t>(start);
+      start += group_rows(s, tokens[first_expert_ + expert]);
+    }
+  }
+  for (int source = 0; source < s.topology.num_ranks; ++source) {
+    const CountVector vector = counts.of(source);
+    for (int local = 0; local < ranks_; ++local) {
+      rank_bases_[source * ranks_ + local] = rank_rows[local];
+      rank_rows[local] += vector.rank_rows[s.topology.rank_of(node, local)];
+    }
+    for (int expert = 0; expert < experts_; ++expert) {
+      expert_bases_[source * experts_ + expert] = expert_rows[expert];
+      expert_rows[expert] += vector.expert_rows[first_expert_ + expert];
+    }
+  }
+}
+
+void fill_received_counts(const Shape& s, int rank, const AllCounts& counts, bool fixed_shapes, Handle& handle) {
+  const std::vector<int64_t> tokens = tokens_per_expert(s, counts);
+  const auto own = tokens.begin() + rank * s.num_local_experts();
+  handle.expert_load.assign(tokens.begin(), tokens.end());
+  handle.rows_per_expert.assign(own, own + s.num_local_experts());
+  handle.rows_per_rank.resize(static_cast<size_t>(s.topology.num_ranks));
+  for (int source = 0; source < s.topology.num_ranks; ++source) {
+    handle.rows_per_rank[source] = counts.of(source).rank_rows[rank];
+  }
+  handle.expert_offsets.assign(1, 0);
+  for (const int64_t expert_tokens : handle.rows_per_expert) {
+    handle.expert_offsets.push_back(handle.expert_offsets.back() + static_cast<int32_t>(group_rows(s, expert_tokens)));
+  }
+  handle.num_rank_rows = std::accumulate(handle.rows_per_rank.begin(), handle.rows_per_rank.end(), int64_t{0});
+  handle.num_rows = s.layout == Layout::kRank ? handle.num_rank_rows : handle.expert_offsets.back();
+  handle.num_received = {static_cast<int32_t>(handle.num_rows), static_cast<int32_t>(handle.num_rank_rows)};
+  const auto entries = static_cast<size_t>((fixed_shapes ? s.slot_rank_rows() : handle.num_rank_rows) * s.num_topk);
+  handle.topk_idx.assign(entries, -1);
+  handle.topk_weights.assign(entries, 0.0f);
+  handle.expert_rows.assign(entries, -1);
+}
+
+}  // namespace deep_a2a::cpu

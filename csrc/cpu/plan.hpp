@@ -1,0 +1,59 @@
+// D1 and D3 without any communication: counting tokens, agreeing on a call, computing where rows go.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <vector>
+
+#include "cpu/handle.hpp"
+#include "protocol/args.hpp"
+
+namespace deep_a2a::cpu {
+
+// D1. Fills the source part of `handle` (routes hold places) and the count vector of this rank.
+void count_tokens(const Shape& shape, int node, const DispatchArgs& args, Handle& handle, CountVector counts);
+
+// The count vectors of all ranks, as they lie in the window.
+class AllCounts {
+ public:
+  AllCounts(const Shape& shape, char* region) : shape_(shape), region_(region) {}
+  CountVector of(int rank) const { return CountVector::at(shape_, region_ + rank * CountVector::bytes(shape_)); }
+
+ private:
+  const Shape& shape_;
+  char* region_;
+};
+
+// What all ranks, looking at the same counts, decide in the same way.
+struct Verdict {
+  std::exception_ptr refusal;   // null: go ahead
+  bool slots_disagree = false;  // leases differ between ranks: no later dispatch could agree either
+};
+Verdict agree(const Shape& shape, const AllCounts& counts);
+
+// D3. Where the rows of each source start, at every rank of one node.
+class Bases {
+ public:
+  Bases(const Shape& shape, int node, const AllCounts& counts);
+
+  // Turns the places of `source` into final rows, for an entry whose expert is on this node.
+  void apply(int source, RouteEntry& entry) const {
+    const int expert = entry.expert - first_expert_;
+    entry.rank_row += rank_bases_[source * ranks_ + expert / experts_per_rank_];
+    entry.expert_row += expert_bases_[source * experts_ + expert];
+  }
+  bool on_node(int expert) const { return expert >= first_expert_ && expert < first_expert_ + experts_; }
+
+ private:
+  int first_expert_;
+  int ranks_;
+  int experts_;
+  int experts_per_rank_;
+  std::vector<int32_t> rank_bases_;    // [sources, ranks of the node]
+  std::vector<int32_t> expert_bases_;  // [sources, experts of the node]
+};
+
+// The receiver part of `handle`; the routing of its rank rows is sized (for the whole slot with `fixed_shapes`), not filled.
+void fill_received_counts(const Shape& shape, int rank, const AllCounts& counts, bool fixed_shapes, Handle& handle);
+
+}  // namespace deep_a2a::cpu

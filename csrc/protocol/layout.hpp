@@ -1,0 +1,111 @@
+// Every region of a rank's window, listed once. Sizes, offsets, the memory table and the tests come from this list.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "protocol/shape.hpp"
+#include "protocol/steps.hpp"
+#include "protocol/wire.hpp"
+
+namespace deep_a2a {
+
+enum class Region : int {
+  kAbort,
+  kFaults,
+  kSlotCredit,
+  kDoorbell,
+  kLaneCredit,
+  kCountsFlag,
+  kNetCountsFlag,
+  kChunkFlag,
+  kSentFlag,
+  kRelayedFlag,
+  kReadyFlag,
+  kReadFlag,
+  kCounts,
+  kNetCountsIn,
+  kNetCountsOut,
+  kNetIn,
+  kNetOut,
+  kInputRows,
+  kCombineRows,
+  kCombineSide,
+  kRecvRows,
+  kRecvScales,
+  kRecvTopkIdx,
+  kRecvTopkWeights,
+  kRecvExpertRows,
+  kCount,
+};
+
+enum class Scope : int { kOnce, kPerLane, kPerSlot };
+
+constexpr int64_t kWordBytes = 8;
+constexpr int64_t kRegionAlignment = 256;
+
+// Calls visit(region, name, scope, bytes of one instance, what it holds) for every region, in the order of the window.
+template <class Visit>
+void visit_regions(const Shape& s, Visit&& visit) {
+  const int64_t ranks = s.topology.num_ranks, locals = s.topology.ranks_per_node, nodes = s.topology.num_nodes();
+  const int64_t streams = nodes - 1, counts = CountVector::bytes(s);
+  const int64_t stream_rows = streams * s.max_tokens * StreamRow::max_bytes(s);
+  const int64_t rows = s.slot_rows(), rank_rows = s.slot_rank_rows(), topk_bytes = int64_t{s.num_topk} * 4;
+
+  visit(Region::kAbort, "abort", Scope::kOnce, kWordBytes, "abort word");
+  visit(Region::kFaults, "faults", Scope::kOnce, ranks * static_cast<int64_t>(sizeof(FaultRecord)), "fault records");
+  visit(Region::kSlotCredit, "slot_credit", Scope::kOnce, s.num_slots * locals * kWordBytes, "releases of each slot");
+  visit(Region::kDoorbell, "doorbell", Scope::kPerLane, kWordBytes, "wakes a sleeping lane (cpu)");
+  visit(Region::kLaneCredit, "lane_credit", Scope::kPerLane, 2 * ranks * kWordBytes, "finished epochs of peers");
+  visit(Region::kCountsFlag, "counts_flag", Scope::kPerLane, ranks * kWordBytes, "arrival of counts");
+  visit(Region::kNetCountsFlag, "net_counts_flag", Scope::kPerLane, streams * kWordBytes, "arrival of remote counts");
+  visit(Region::kChunkFlag, "chunk_flag", Scope::kPerLane, streams * max_chunks(s) * kWordBytes, "arrival of chunks");
+  visit(Region::kSentFlag, "sent_flag", Scope::kPerLane, locals * kWordBytes, "rows of the node stored");
+  visit(Region::kRelayedFlag, "relayed_flag", Scope::kPerLane, locals * kWordBytes, "rows of other nodes stored");
+  visit(Region::kReadyFlag, "ready_flag", Scope::kPerLane, locals * kWordBytes, "combine rows readable");
+  visit(Region::kReadFlag, "read_flag", Scope::kPerLane, locals * kWordBytes, "combine rows read");
+  visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts, "count vectors by source rank");
+  visit(Region::kNetCountsIn, "net_counts_in", Scope::kPerLane, streams * counts, "count vectors of rail peers");
+  visit(Region::kNetCountsOut, "net_counts_out", Scope::kPerLane, streams > 0 ? counts : 0, "own count vector, put source");
+  visit(Region::kNetIn, "net_in", Scope::kPerLane, stream_rows, "rows from other nodes");
+  visit(Region::kNetOut, "net_out", Scope::kPerLane, stream_rows, "rows to other nodes");
+  visit(Region::kInputRows, "input_rows", Scope::kPerLane, s.max_tokens * s.max_payload_bytes(), "lent dispatch input");
+  visit(Region::kCombineRows, "combine_rows", Scope::kPerLane, rank_rows * s.max_payload_bytes(), "combine input");
+  visit(Region::kCombineSide, "combine_side", Scope::kPerLane, rank_rows * topk_bytes, "combine side payload");
+  visit(Region::kRecvRows, "recv_rows", Scope::kPerSlot, rows * s.max_payload_bytes(), "received rows");
+  visit(Region::kRecvScales, "recv_scales", Scope::kPerSlot, rows * s.max_scale_bytes(), "their scales");
+  visit(Region::kRecvTopkIdx, "recv_topk_idx", Scope::kPerSlot, rank_rows * topk_bytes, "local expert ids");
+  visit(Region::kRecvTopkWeights, "recv_topk_weights", Scope::kPerSlot, rank_rows * topk_bytes, "top-k weights");
+  visit(Region::kRecvExpertRows, "recv_expert_rows", Scope::kPerSlot, rank_rows * topk_bytes, "expert rows");
+}
+
+// Offsets of all regions: plain data, passed to kernels by value.
+struct WindowLayout {
+  struct Extent {
+    int64_t offset = 0;
+    int64_t stride = 0;  // from one lane's or slot's instance to the next
+  };
+  Extent extents[static_cast<int>(Region::kCount)];
+  int64_t bytes = 0;
+
+  DEEP_A2A_HOST_DEVICE int64_t offset(Region region, int instance = 0) const {
+    const Extent& e = extents[static_cast<int>(region)];
+    return e.offset + e.stride * instance;
+  }
+};
+
+inline int num_instances(const Shape& s, Scope scope) {
+  return scope == Scope::kPerLane ? s.num_lanes : scope == Scope::kPerSlot ? s.num_slots : 1;
+}
+
+inline WindowLayout make_layout(const Shape& s) {
+  WindowLayout layout;
+  visit_regions(s, [&](Region region, const char*, Scope scope, int64_t bytes, const char*) {
+    const int64_t stride = align_up(bytes, kRegionAlignment);
+    layout.extents[static_cast<int>(region)] = {layout.bytes, stride};
+    layout.bytes += stride * num_instances(s, scope);
+  });
+  return layout;
+}
+
+}  // namespace deep_a2a

@@ -1,0 +1,88 @@
+// What crosses between ranks, byte for byte: row formats, route entries, count vectors, chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/macros.hpp"
+#include "protocol/shape.hpp"
+
+namespace deep_a2a {
+
+// One top-k slot of a token. On its way to a relay the rows are places (relative to the source); with the bases added
+// they are final rows. `expert` is -1 for a slot that has no expert, or none on the node that this row goes to.
+struct RouteEntry {
+  int32_t expert;
+  float weight;
+  int32_t rank_row;
+  int32_t expert_row;
+};
+static_assert(sizeof(RouteEntry) == 16 && offsetof(RouteEntry, expert_row) == 12);
+
+// What one rank was asked to do; all ranks compare these before a row reaches a slot.
+struct CountHeader {
+  int32_t num_tokens;
+  int32_t payload_bytes;
+  int32_t scale_bytes;
+  int32_t slot;
+  int32_t bad_token;  // first token with an expert index out of range, or -1
+  int32_t bad_topk;   // its top-k slot
+  int64_t bad_expert;
+};
+static_assert(sizeof(CountHeader) == 32 && offsetof(CountHeader, bad_expert) == 24);
+
+// A count vector: the header, then rows per node, per rank and per expert, all as int32.
+struct CountVector {
+  CountHeader* header;
+  int32_t* node_rows;
+  int32_t* rank_rows;
+  int32_t* expert_rows;
+
+  DEEP_A2A_HOST_DEVICE static int64_t bytes(const Shape& s) {
+    const int64_t counts = int64_t{s.topology.num_nodes()} + s.topology.num_ranks + s.num_experts;
+    return align_up<int64_t>(static_cast<int64_t>(sizeof(CountHeader)) + counts * 4, kRowAlignment);
+  }
+  DEEP_A2A_HOST_DEVICE static CountVector at(const Shape& s, void* base) {
+    auto* counts = reinterpret_cast<int32_t*>(static_cast<char*>(base) + sizeof(CountHeader));
+    return {static_cast<CountHeader*>(base), counts, counts + s.topology.num_nodes(),
+            counts + s.topology.num_nodes() + s.topology.num_ranks};
+  }
+};
+
+// The bytes of one row of `x`, opaque to the protocol.
+struct RowFormat {
+  int32_t payload_bytes = 0;
+  int32_t scale_bytes = 0;  // 0 where the format has no scales
+
+  DEEP_A2A_HOST_DEVICE int32_t scale_pitch() const { return align_up<int32_t>(scale_bytes, kRowAlignment); }
+};
+
+// One row of a stream between rail peers: payload, then side bytes, then route entries, each in whole 16 bytes.
+struct StreamRow {
+  int64_t side_offset;
+  int64_t routes_offset;
+  int64_t bytes;
+
+  DEEP_A2A_HOST_DEVICE static StreamRow make(int64_t payload_bytes, int64_t side_bytes, int num_routes) {
+    const int64_t side = align_up<int64_t>(payload_bytes, kRowAlignment);
+    const int64_t routes = side + align_up<int64_t>(side_bytes, kRowAlignment);
+    return {side, routes, routes + int64_t{num_routes} * static_cast<int64_t>(sizeof(RouteEntry))};
+  }
+  DEEP_A2A_HOST_DEVICE static StreamRow dispatch(const Shape& s, const RowFormat& format, bool cached) {
+    return make(format.payload_bytes, format.scale_bytes, cached ? 0 : s.num_topk);
+  }
+  DEEP_A2A_HOST_DEVICE static StreamRow combine(const Shape& s, bool with_side) {
+    return make(s.max_payload_bytes(), with_side ? int64_t{s.num_topk} * 4 : 0, 0);
+  }
+  DEEP_A2A_HOST_DEVICE static int64_t max_bytes(const Shape& s) {
+    return make(s.max_payload_bytes(), s.max_scale_bytes(), s.num_topk).bytes;
+  }
+};
+
+DEEP_A2A_HOST_DEVICE inline int rows_per_chunk(const Shape& s) {
+  const int64_t rows = kTargetChunkBytes / StreamRow::max_bytes(s);
+  return static_cast<int>(rows < 1 ? 1 : rows > s.max_tokens ? s.max_tokens : rows);
+}
+DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return ceil_div(s.max_tokens, rows_per_chunk(s)); }
+
+}  // namespace deep_a2a

@@ -1,0 +1,23 @@
+"""Expert-parallel communication for Mixture-of-Experts models: dispatch tokens to their experts, combine the outputs.
+
+`Buffer` is where to start. `routing` holds the gate, `quant` the FP8 casts, `moe` a layer built of all of them.
+"""
+
+from deep_a2a.buffer import Buffer
+from deep_a2a.memory import MemoryTable
+from deep_a2a.pending import PendingCombine, PendingDispatch
+from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
+from deep_a2a.settings import memory_table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Buffer",
+    "CombineResult",
+    "DispatchHandle",
+    "DispatchResult",
+    "MemoryTable",
+    "PendingCombine",
+    "PendingDispatch",
+    "memory_table",
+]
