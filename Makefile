@@ -69,16 +69,19 @@ $(venv)/pyvenv.cfg:
 	@! $(PYTHON) -c "$(has_torch)" 2>/dev/null || lend_torch=--system-site-packages; \
 	  $(PYTHON) -m venv $$lend_torch $(venv) || { rm -rf $(venv); exit 1; }
 
+# Some tools make environments without pip.
+$(venv)/bin/pip: | $(venv)/pyvenv.cfg
+	@python -m pip --version >/dev/null 2>&1 || python -m ensurepip --default-pip
+
 $(bench_stamp): extras := bench
 $(test_stamp): extras := bench,test
 $(dev_stamp): extras := dev
-$(bench_stamp) $(test_stamp) $(dev_stamp): $(venv)/pyvenv.cfg $(sources)
-	@python -m pip --version >/dev/null 2>&1 || python -m ensurepip
+$(bench_stamp) $(test_stamp) $(dev_stamp): $(venv)/pyvenv.cfg $(sources) | $(venv)/bin/pip
 	@python -c "$(has_torch)" 2>/dev/null || pin_torch="--constraint constraints.txt"; \
 	  python -m pip install $$pin_torch --editable '.[$(extras)]'
 	@cat "$$(ls -t build/native-*/backends.txt | head -n 1)"
 	@touch $@
 
-$(cmake_stamp): $(venv)/pyvenv.cfg
+$(cmake_stamp): $(venv)/pyvenv.cfg | $(venv)/bin/pip
 	python -m pip install cmake ninja
 	@touch $@

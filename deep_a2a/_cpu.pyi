@@ -129,4 +129,3 @@ def cast_rows(
     scales: int,
     scales_pitch: int,
 ) -> None: ...
-

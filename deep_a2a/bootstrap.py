@@ -108,8 +108,10 @@ class Listener:
                 os.close(fd)
 
 
-def meet(group: Group, settings: dict[str, Any], error: Exception | None, timeout_s: float) -> tuple[Listener, list[Member]]:
-    """Compare settings on every rank. A rank whose settings are bad in themselves brings `error`, and all ranks raise."""
+def meet(
+    group: Group, settings: dict[str, Any], error: Exception | None, timeout_s: float
+) -> tuple[Listener, list[Member]]:
+    """Compare settings on every rank. A rank whose own are bad brings `error`, and all ranks raise."""
     listener = Listener(group.rank)
     try:
         mine = {"settings": settings, "error": str(error) if error else None, "member": vars(listener.member)}
@@ -126,7 +128,9 @@ def meet(group: Group, settings: dict[str, Any], error: Exception | None, timeou
         raise
 
 
-def exchange_windows(group: Group, listener: Listener, members: list[Member], nbytes: int, timeout_s: float) -> list[Window]:
+def exchange_windows(
+    group: Group, listener: Listener, members: list[Member], nbytes: int, timeout_s: float
+) -> list[Window]:
     """Create this rank's window and map everybody else's. Fails on every rank if it fails on one."""
     error: Exception | None = None
     windows: list[Window] = []
@@ -138,7 +142,9 @@ def exchange_windows(group: Group, listener: Listener, members: list[Member], nb
         windows = listener.exchange(window, members, time.monotonic() + timeout_s)
         window.close_fd()
     except TimeoutError:
-        error = CommTimeoutError(f"rank {group.rank} gave up after {timeout_s} s: not every rank handed over its window")
+        error = CommTimeoutError(
+            f"rank {group.rank} gave up after {timeout_s} s: not every rank handed over its window"
+        )
     except (OSError, RuntimeError) as failure:
         error = failure
     answers = all_gather(group, {"error": str(error) if error else None}, timeout_s, "the exchange of windows")

@@ -136,8 +136,8 @@ class Buffer:
 
         Args:
             x: bfloat16 [tokens, hidden], or a pair (fp8, scales): float8_e4m3fn or float8_e5m2 [tokens, hidden] and
-                [tokens, ceil(hidden / 128)] of float32 or of UE8M0 exponents (uint8 or float8_e8m0fnu). Rows contiguous;
-                read in place (`lend_input` tells more). Has to stay as it is until the call returns, with
+                [tokens, ceil(hidden / 128)] of float32 or of UE8M0 exponents (uint8 or float8_e8m0fnu). Rows
+                contiguous, read in place (`lend_input` tells more). Has to stay as it is until the call returns, with
                 `async_op` until ``event``.
             topk_idx: int32 or int64 [tokens, num_topk], global experts; -1 for none.
             topk_weights: float32 [tokens, num_topk]; None for ones.
@@ -224,10 +224,10 @@ class Buffer:
         """Bring the experts' outputs back to the tokens' ranks and sum them, in FP32 and in a fixed order.
 
         Args:
-            x: bfloat16, contiguous. Layout "rank": [rank_rows, hidden], rows that the layer has already weighed and added
-                over this rank's experts; copied into the window unless lent by `lend_expert_output`. Others: shaped like
-                the dispatch result's ``x``, one row per expert. Has to stay as it is until the call returns, with
-                `async_op` until ``event``.
+            x: bfloat16, contiguous. Layout "rank": [rank_rows, hidden], rows that the layer has already weighed and
+                added over this rank's experts; copied into the window unless lent by `lend_expert_output`. Others:
+                shaped like the dispatch result's ``x``, one row per expert. Has to stay as it is until the call
+                returns, with `async_op` until ``event``.
             handle: of the dispatch.
             weighted: layouts "expert" and "padded": multiply each row by its top-k weight (the default) or just add.
             side: float32 values to bring back beside the rows, one per top-k slot and without a sum. Layout "rank":
@@ -252,7 +252,9 @@ class Buffer:
         operations = self._usable(lane)
         self._check_handle(handle)
         if self.layout == "rank" and weighted:
-            raise ValueError("weighted must be None or False in layout 'rank', whose rows the layer has weighed, got True")
+            raise ValueError(
+                "weighted must be None or False in layout 'rank', whose rows the layer has weighed, got True"
+            )
         row_shape = self._row_shape(handle)
         side_shape = (*row_shape, self.num_topk) if self.layout == "rank" else row_shape
         check_combine(x, (*row_shape, self.hidden), side, side_shape)
@@ -276,14 +278,16 @@ class Buffer:
         return operations.backend.view("input_rows", lane, num_tokens, self.hidden, dtype)
 
     def lend_expert_output(self, handle: DispatchHandle | DispatchResult, *, lane: int = 0) -> torch.Tensor:
-        """Layout "rank": window memory, bfloat16 [rank_rows, hidden], to write the input of the lane's next combine into.
+        """Layout "rank": window memory, bfloat16 [rank_rows, hidden], for the input of the lane's next combine.
 
         Saves the copy that `combine` makes of other tensors. One per lane: a later call returns the same memory. May be
         overwritten once the combine that read it has returned.
         """
         operations = self._usable(lane)
         if self.layout != "rank":
-            raise ValueError(f"lend_expert_output is for layout 'rank', this is {self.layout!r}: any tensor is read in place")
+            raise ValueError(
+                f"lend_expert_output is for layout 'rank', this is {self.layout!r}: any tensor is read in place"
+            )
         owner = handle.handle if isinstance(handle, DispatchResult) else handle
         self._check_handle(owner)
         return operations.backend.view("combine_rows", lane, self._row_shape(owner)[0], self.hidden, torch.bfloat16)

@@ -38,7 +38,9 @@ class CpuBackend:
         self._bytes = torch.frombuffer(windows[rank], dtype=torch.uint8)
         self._regions = {row[0]: row for row in _cpu.regions(self.shape)}
 
-    def view(self, region: str, instance: int, rows: int, columns: int, dtype: torch.dtype, align: int = 1) -> torch.Tensor:
+    def view(
+        self, region: str, instance: int, rows: int, columns: int, dtype: torch.dtype, align: int = 1
+    ) -> torch.Tensor:
         """[rows, columns] of `dtype` in the own window, rows in multiples of `align` bytes. Keeps the window mapped."""
         _, _, _, offset, stride, _ = self._regions[region]
         row_bytes = columns * dtype.itemsize

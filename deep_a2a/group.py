@@ -22,7 +22,7 @@ class Group(Protocol):
     size: int
 
     def all_gather_bytes(self, message: bytes, timeout_s: float) -> list[bytes]:
-        """Give `message` (at most ``MESSAGE_BYTES``), get those of all ranks in order; TimeoutError after `timeout_s`."""
+        """Give `message` (at most ``MESSAGE_BYTES``), get all ranks' by rank; TimeoutError after `timeout_s`."""
 
 
 class TorchGroup:

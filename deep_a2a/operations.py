@@ -110,7 +110,7 @@ class Operations:
         return Pending(receive, call.sent.done)
 
     def give_back(self, slot: int, call: DispatchCall | None) -> None:
-        """A lease ends: the slot is free for this rank at once, for its writers when the lane has come to this point."""
+        """A lease ends: the slot is free here at once, and for its writers when the lane has come to this point."""
         with self._lock:
             if call is not None and not self._closed:
                 self.backend.engine.release(call)
@@ -141,9 +141,9 @@ class Operations:
             self._keep(call.received, received)
         x, scales = received.x, received.scales
         if layout == "padded":
-            groups = (shape.num_local_experts, -1)
-            x = x.unflatten(0, groups)
-            scales = None if scales is None else scales.unflatten(0, groups)
+            per_expert = (shape.num_local_experts, num_rows // shape.num_local_experts)
+            x = x.view(*per_expert, -1)
+            scales = None if scales is None else scales.view(*per_expert, -1)
         handle = cached or DispatchHandle(
             payload.num_tokens, native.num_rows, native.num_rank_rows, fixed_shapes, lane, self, call
         )
@@ -172,7 +172,9 @@ class Operations:
 
     def _begin(self, lane: int, operation: str) -> None:
         if lane in self._half_open:
-            raise RuntimeError(f"lane {lane} waits for recv() of a {self._half_open[lane]}: call it, or use another lane")
+            raise RuntimeError(
+                f"lane {lane} waits for recv() of a {self._half_open[lane]}: call it, or use another lane"
+            )
         self._half_open[lane] = operation
 
     def _end(self, lane: int) -> None:

@@ -25,7 +25,9 @@ def check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: 
     expected = f"a CPU tensor of {' or '.join(map(str, dtypes))} and shape {list(shape)}".replace("None", "any")
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be {expected}, got {describe(value)}")
-    fits = value.dim() == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape, strict=True))
+    fits = value.dim() == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, value.shape, strict=True)
+    )
     if value.device.type != "cpu" or value.dtype not in dtypes or not fits:
         raise ValueError(f"{name} must be {expected}, got {describe(value)}")
     return value
@@ -75,7 +77,9 @@ def check_payload(x: DispatchInput, quantize: str | None, scale_format: str, hid
     if payload.num_tokens > max_tokens:
         raise ValueError(f"x must have at most num_max_tokens_per_rank = {max_tokens} tokens, got {payload.num_tokens}")
     if payload.payload_bytes % 16:
-        raise ValueError(f"rows of x must be multiples of 16 bytes: hidden must be a multiple of 16 for FP8, got {hidden}")
+        raise ValueError(
+            f"rows of x must be multiples of 16 bytes: hidden must be a multiple of 16 for FP8, got {hidden}"
+        )
     return payload
 
 

@@ -52,14 +52,15 @@ class DispatchResult:
     of the token at its source. Both are the same in layout "rank". With ``host_sync=False`` row dimensions are
     capacities and only the first ``num_rows_tensor`` rows hold anything.
 
-    `x` and `scales` of a leased result are views of the window: valid until `release()`, or until the result is dropped.
-    Everything else is the caller's to keep. With ``async_op=True`` nothing may be read before ``event.wait()``, but shapes.
+    `x` and `scales` of a leased result are views of the window: valid until `release()`, or until the result is
+    dropped. Everything else is the caller's to keep. With ``async_op=True`` nothing but shapes may be read before
+    ``event.wait()``.
     """
 
     x: torch.Tensor
-    """Layouts "rank", "expert": [rows, hidden]; "padded": [num_local_experts, expert_capacity, hidden]. Payload dtype."""
+    """Payload dtype. Layouts "rank" and "expert": [rows, hidden]; "padded": [local experts, capacity, hidden]."""
     scales: torch.Tensor | None
-    """FP8: like `x`, last dimension ceil(hidden / 128); float32, or uint8 for UE8M0 exponents. Rows may be padded."""
+    """FP8: like `x`, last dimension ceil(hidden / 128); float32, or uint8 for UE8M0. Row pitch: whole 16 bytes."""
     topk_idx: torch.Tensor
     """int32 [rank_rows, num_topk]: local expert of each top-k slot of the token, -1 where it is not on this rank."""
     topk_weights: torch.Tensor
@@ -110,7 +111,7 @@ class DispatchResult:
 
 @dataclass(frozen=True)
 class CombineResult:
-    """The combined tokens of this rank, in ordinary tensors. With ``async_op=True`` to be read after ``event.wait()``."""
+    """The combined tokens of this rank in ordinary tensors; with ``async_op=True``, read after ``event.wait()``."""
 
     x: torch.Tensor
     """bfloat16 [tokens, hidden]."""

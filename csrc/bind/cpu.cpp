@@ -48,10 +48,18 @@ void bind_shape(py::module_& m) {
       .value("padded", da::Layout::kPadded);
   py::class_<da::Shape>(m, "Shape")
       .def(py::init([](int num_ranks, int ranks_per_node, da::Layout layout, int hidden, int num_experts, int num_topk,
-                       int max_tokens, int expert_alignment, int64_t expert_capacity, int64_t max_recv_rows, int num_slots,
-                       int num_lanes) {
-             const da::Shape shape{{num_ranks, ranks_per_node}, layout,          hidden,        num_experts, num_topk,
-                                   max_tokens,                  expert_alignment, expert_capacity, max_recv_rows, num_slots,
+                       int max_tokens, int expert_alignment, int64_t expert_capacity, int64_t max_recv_rows,
+                       int num_slots, int num_lanes) {
+             const da::Shape shape{{num_ranks, ranks_per_node},
+                                   layout,
+                                   hidden,
+                                   num_experts,
+                                   num_topk,
+                                   max_tokens,
+                                   expert_alignment,
+                                   expert_capacity,
+                                   max_recv_rows,
+                                   num_slots,
                                    num_lanes};
              da::validate(shape);
              return shape;
@@ -69,10 +77,12 @@ void bind_shape(py::module_& m) {
       [](const da::Shape& shape) {
         const da::WindowLayout layout = da::make_layout(shape);
         py::list rows;
-        da::visit_regions(shape, [&](da::Region region, const char* name, da::Scope scope, int64_t bytes, const char* holds) {
-          const auto& extent = layout.extents[static_cast<int>(region)];
-          rows.append(py::make_tuple(name, da::num_instances(shape, scope), bytes, extent.offset, extent.stride, holds));
-        });
+        da::visit_regions(
+            shape, [&](da::Region region, const char* name, da::Scope scope, int64_t bytes, const char* holds) {
+              const auto& extent = layout.extents[static_cast<int>(region)];
+              rows.append(
+                  py::make_tuple(name, da::num_instances(shape, scope), bytes, extent.offset, extent.stride, holds));
+            });
         return rows;
       },
       py::arg("shape"), "(name, instances, bytes of one, offset, stride, what it holds) of every region of a window.");
@@ -97,10 +107,9 @@ void bind_handle(py::module_& m) {
   handle.def_readonly("num_tokens", &cpu::Handle::num_tokens)
       .def_readonly("num_rows", &cpu::Handle::num_rows)
       .def_readonly("num_rank_rows", &cpu::Handle::num_rank_rows);
-  const auto ints = [&](const char* name, std::vector<int32_t> cpu::Handle::*member) {
-    handle.def_property_readonly(name, [member](const std::shared_ptr<cpu::Handle>& h) {
-      return Column<int32_t>{h, &((*h).*member)};
-    });
+  const auto ints = [&](const char* name, std::vector<int32_t> cpu::Handle::* member) {
+    handle.def_property_readonly(
+        name, [member](const std::shared_ptr<cpu::Handle>& h) { return Column<int32_t>{h, &((*h).*member)}; });
   };
   ints("num_received", &cpu::Handle::num_received);
   ints("topk_idx", &cpu::Handle::topk_idx);
@@ -109,9 +118,8 @@ void bind_handle(py::module_& m) {
   ints("rows_per_expert", &cpu::Handle::rows_per_expert);
   ints("expert_offsets", &cpu::Handle::expert_offsets);
   ints("expert_load", &cpu::Handle::expert_load);
-  handle.def_property_readonly("topk_weights", [](const std::shared_ptr<cpu::Handle>& h) {
-    return Column<float>{h, &h->topk_weights};
-  });
+  handle.def_property_readonly(
+      "topk_weights", [](const std::shared_ptr<cpu::Handle>& h) { return Column<float>{h, &h->topk_weights}; });
 }
 
 void bind_calls(py::module_& m) {
@@ -130,9 +138,9 @@ void bind_calls(py::module_& m) {
 
 std::shared_ptr<cpu::DispatchCall> dispatch(cpu::Rank& rank, int lane, int slot, uintptr_t x, int64_t x_pitch,
                                             int num_tokens, int payload_bytes, uintptr_t scales, int64_t scales_pitch,
-                                            int scale_bytes, uintptr_t topk_idx, int topk_idx_bytes, uintptr_t topk_weights,
-                                            da::Cast cast, da::ScaleFormat scale_format, bool zero_padding, bool fixed_shapes,
-                                            std::shared_ptr<cpu::Handle> cached) {
+                                            int scale_bytes, uintptr_t topk_idx, int topk_idx_bytes,
+                                            uintptr_t topk_weights, da::Cast cast, da::ScaleFormat scale_format,
+                                            bool zero_padding, bool fixed_shapes, std::shared_ptr<cpu::Handle> cached) {
   da::DispatchArgs args;
   args.x = pointer(x);
   args.x_pitch = x_pitch;
@@ -172,13 +180,15 @@ void bind_rank(py::module_& m) {
       .value("ue8m0", da::ScaleFormat::kUE8M0);
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<cpu::Rank>(m, "Rank")
-      .def(py::init<const da::Shape&, int, std::vector<std::shared_ptr<cpu::Window>>, double, std::optional<uint64_t>>(),
-           py::kw_only(), py::arg("shape"), py::arg("rank"), py::arg("windows"), py::arg("timeout_s"),
-           py::arg("network_seed"))
-      .def("dispatch", &dispatch, no_gil, py::kw_only(), py::arg("lane"), py::arg("slot"), py::arg("x"), py::arg("x_pitch"),
-           py::arg("num_tokens"), py::arg("payload_bytes"), py::arg("scales"), py::arg("scales_pitch"),
-           py::arg("scale_bytes"), py::arg("topk_idx"), py::arg("topk_idx_bytes"), py::arg("topk_weights"), py::arg("cast"),
-           py::arg("scale_format"), py::arg("zero_padding"), py::arg("fixed_shapes"), py::arg("cached"))
+      .def(
+          py::init<const da::Shape&, int, std::vector<std::shared_ptr<cpu::Window>>, double, std::optional<uint64_t>>(),
+          py::kw_only(), py::arg("shape"), py::arg("rank"), py::arg("windows"), py::arg("timeout_s"),
+          py::arg("network_seed"))
+      .def("dispatch", &dispatch, no_gil, py::kw_only(), py::arg("lane"), py::arg("slot"), py::arg("x"),
+           py::arg("x_pitch"), py::arg("num_tokens"), py::arg("payload_bytes"), py::arg("scales"),
+           py::arg("scales_pitch"), py::arg("scale_bytes"), py::arg("topk_idx"), py::arg("topk_idx_bytes"),
+           py::arg("topk_weights"), py::arg("cast"), py::arg("scale_format"), py::arg("zero_padding"),
+           py::arg("fixed_shapes"), py::arg("cached"))
       .def("combine", &combine, no_gil, py::kw_only(), py::arg("lane"), py::arg("rows"), py::arg("side"),
            py::arg("weighted"), py::arg("out"), py::arg("side_out"), py::arg("handle"))
       .def(
@@ -198,11 +208,12 @@ void bind_rank(py::module_& m) {
 void bind_row_math(py::module_& m) {
   m.def(
       "cast_rows",
-      [](uintptr_t rows, int num_rows, int hidden, da::Cast cast, da::ScaleFormat format, uintptr_t payload, uintptr_t scales,
-         int64_t scales_pitch) {
+      [](uintptr_t rows, int num_rows, int hidden, da::Cast cast, da::ScaleFormat format, uintptr_t payload,
+         uintptr_t scales, int64_t scales_pitch) {
         const auto* from = static_cast<const uint16_t*>(pointer(rows));
         for (int64_t row = 0; row < num_rows; ++row) {
-          cpu::cast_row(from + row * hidden, hidden, cast, format, static_cast<uint8_t*>(writable(payload)) + row * hidden,
+          cpu::cast_row(from + row * hidden, hidden, cast, format,
+                        static_cast<uint8_t*>(writable(payload)) + row * hidden,
                         static_cast<char*>(writable(scales)) + row * scales_pitch);
         }
       },

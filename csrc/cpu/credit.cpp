@@ -26,16 +26,16 @@ void give_lane_credit(Transport& transport, const Turn& turn) {
   transport.signal_node(turn, Region::kLaneCredit, idx);
   for (int stream = 0; stream < transport.topology().num_peer_nodes(); ++stream) {
     const int peer = transport.rail_peer(stream);
-    transport.put_signal(peer, turn.lane, nullptr, nullptr, 0, transport.word(peer, Region::kLaneCredit, turn.lane, idx),
-                         turn.epoch);
+    transport.put_signal(peer, turn.lane, nullptr, nullptr, 0,
+                         transport.word(peer, Region::kLaneCredit, turn.lane, idx), turn.epoch);
   }
 }
 
 void wait_slot_credit(Transport& transport, const Turn& turn, int slot, uint64_t releases) {
   const int locals = transport.topology().ranks_per_node;
   for (int local = 0; local < locals; ++local) {
-    transport.wait(turn, transport.word(transport.rank(), Region::kSlotCredit, 0, int64_t{slot} * locals + local), releases,
-                   {Step::kD0SlotCredit, transport.neighbour(local)});
+    transport.wait(turn, transport.word(transport.rank(), Region::kSlotCredit, 0, int64_t{slot} * locals + local),
+                   releases, {Step::kD0SlotCredit, transport.neighbour(local)});
   }
 }
 

@@ -30,15 +30,8 @@ Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_p
       handle_(std::move(handle)),
       cached_(cached),
       slot_use_(slot_use),
-      stream_row_(StreamRow::dispatch(shape_, args.format, cached)) {
-  for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
-    const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, args_.slot); };
-    slots_.push_back({at(Region::kRecvRows), at(Region::kRecvScales),
-                      reinterpret_cast<int32_t*>(at(Region::kRecvTopkIdx)),
-                      reinterpret_cast<float*>(at(Region::kRecvTopkWeights)),
-                      reinterpret_cast<int32_t*>(at(Region::kRecvExpertRows))});
-  }
-}
+      stream_row_(StreamRow::dispatch(shape_, args.format, cached)),
+      slot_(transport, args.slot, args.format) {}
 
 void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
   d0_credit(turn);
@@ -60,9 +53,7 @@ void Dispatch::receive(const Turn& turn, const OwnedOutput& owned) {
   d5_relay(turn);
   d6_arrival(turn);
   finish(turn);
-  if (owned.rows == nullptr) return;
-  copy_out(owned);
-  release(turn);
+  if (owned.rows != nullptr) slot_.copy_out(*handle_, owned, args_.zero_padding);
 }
 
 void Dispatch::release(const Turn& turn) {
@@ -127,8 +118,8 @@ void Dispatch::d3_bases(const Turn& turn) {
 
 // Every rank comes here with the same verdict. What is on its way to this rank as a relay is waited for and dropped.
 void Dispatch::refuse(const Turn& turn, const Verdict& verdict) {
-  drain_streams(transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); },
-                [](int, int, int) {});
+  drain_streams(
+      transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); }, [](int, int, int) {});
   finish(turn);
   if (verdict.slots_disagree) {
     settled_ = true;
@@ -154,7 +145,7 @@ void Dispatch::d4_cast() {
   args_.scales_pitch = scales;
 }
 
-Dispatch::Row Dispatch::input_row(int token) const {
+Row Dispatch::input_row(int token) const {
   const auto* scales = static_cast<const char*>(args_.scales);
   return {static_cast<const char*>(args_.x) + token * args_.x_pitch,
           scales != nullptr ? scales + token * args_.scales_pitch : nullptr};
@@ -196,50 +187,9 @@ void Dispatch::d4_send_nodes(const Turn& turn) {
 
 void Dispatch::d4_send_own_node(const Turn& turn) {
   for (int token = 0; token < args_.num_tokens; ++token) {
-    place(&handle_->routes[static_cast<size_t>(token) * shape_.num_topk], input_row(token));
+    slot_.place(&handle_->routes[static_cast<size_t>(token) * shape_.num_topk], input_row(token), !cached_);
   }
   transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank());
-}
-
-// Stores a row to all its final rows on this node: once per destination rank, or once per expert.
-void Dispatch::place(const RouteEntry* entries, const Row& row) {
-  const int topk = shape_.num_topk;
-  const bool row_per_rank = shape_.layout == Layout::kRank;
-  for (int slot = 0; slot < topk; ++slot) {
-    const int expert = entries[slot].expert;
-    if (expert < 0 || shape_.node_of_expert(expert) != transport_.node()) continue;
-    const int rank = shape_.rank_of_expert(expert);
-    const SlotView& to = slots_[shape_.topology.local_of(rank)];
-    const bool first = std::none_of(entries, entries + slot, [&](const RouteEntry& earlier) {
-      return earlier.expert >= 0 && shape_.rank_of_expert(earlier.expert) == rank;
-    });
-    int64_t bytes = 0;
-    if (first || !row_per_rank) {
-      const int64_t at = row_per_rank ? entries[slot].rank_row : entries[slot].expert_row;
-      std::memcpy(to.rows + at * args_.format.payload_bytes, row.payload, static_cast<size_t>(args_.format.payload_bytes));
-      if (row.scales != nullptr) {
-        std::memcpy(to.scales + at * args_.format.scale_pitch(), row.scales, static_cast<size_t>(args_.format.scale_bytes));
-      }
-      bytes += args_.format.payload_bytes + args_.format.scale_bytes;
-    }
-    if (first && !cached_) {
-      place_routing(to, rank, entries, entries[slot].rank_row);
-      bytes += int64_t{topk} * 12;
-    }
-    if (rank != transport_.rank()) transport_.count_shm_bytes(bytes);
-  }
-}
-
-void Dispatch::place_routing(const SlotView& to, int rank, const RouteEntry* entries, int64_t rank_row) {
-  const int topk = shape_.num_topk;
-  const int first_expert = rank * shape_.num_local_experts();
-  for (int slot = 0; slot < topk; ++slot) {
-    const RouteEntry& entry = entries[slot];
-    const bool here = entry.expert >= first_expert && entry.expert < first_expert + shape_.num_local_experts();
-    to.topk_idx[rank_row * topk + slot] = here ? entry.expert - first_expert : -1;
-    to.topk_weights[rank_row * topk + slot] = here ? entry.weight : 0.0f;
-    to.expert_rows[rank_row * topk + slot] = here ? entry.expert_row : -1;
-  }
 }
 
 int Dispatch::num_relay_rows(int stream) const {
@@ -257,12 +207,14 @@ void Dispatch::d5_relay(const Turn& turn) {
           const char* from = in + stream_offset(shape_, stream) + row * stream_row_.bytes;
           RouteEntry* routes = &handle_->relay_routes[stream][static_cast<size_t>(row) * shape_.num_topk];
           if (!cached_) {
-            std::memcpy(routes, from + stream_row_.routes_offset, sizeof(RouteEntry) * static_cast<size_t>(shape_.num_topk));
+            std::memcpy(routes, from + stream_row_.routes_offset,
+                        sizeof(RouteEntry) * static_cast<size_t>(shape_.num_topk));
             for (int slot = 0; slot < shape_.num_topk; ++slot) {
               if (routes[slot].expert >= 0) bases_->apply(source, routes[slot]);
             }
           }
-          place(routes, {from, args_.format.scale_bytes > 0 ? from + stream_row_.side_offset : nullptr});
+          slot_.place(routes, {from, args_.format.scale_bytes > 0 ? from + stream_row_.side_offset : nullptr},
+                      !cached_);
         }
       });
   transport_.signal_node(turn, Region::kRelayedFlag, transport_.local_rank());
@@ -277,36 +229,8 @@ void Dispatch::d6_arrival(const Turn& turn) {
     transport_.wait(turn, transport_.word(transport_.rank(), Region::kRelayedFlag, turn.lane, local), turn.epoch,
                     {Step::kD6Relayed, peer});
   }
-  if (args_.zero_padding) zero_padding();
-  if (!cached_) keep_routing();
-}
-
-void Dispatch::zero_padding() {
-  const SlotView& own = slots_[transport_.local_rank()];
-  for (int expert = 0; shape_.layout != Layout::kRank && expert < shape_.num_local_experts(); ++expert) {
-    const int64_t first = int64_t{handle_->expert_offsets[expert]} + handle_->rows_per_expert[expert];
-    const int64_t rows = handle_->expert_offsets[expert + 1] - first;
-    std::memset(own.rows + first * args_.format.payload_bytes, 0, static_cast<size_t>(rows * args_.format.payload_bytes));
-    std::memset(own.scales + first * args_.format.scale_pitch(), 0, static_cast<size_t>(rows * args_.format.scale_pitch()));
-  }
-}
-
-void Dispatch::keep_routing() {
-  const SlotView& own = slots_[transport_.local_rank()];
-  const int64_t entries = handle_->num_rank_rows * shape_.num_topk;
-  std::copy_n(own.topk_idx, entries, handle_->topk_idx.begin());
-  std::copy_n(own.topk_weights, entries, handle_->topk_weights.begin());
-  std::copy_n(own.expert_rows, entries, handle_->expert_rows.begin());
-}
-
-void Dispatch::copy_out(const OwnedOutput& owned) const {
-  const SlotView& own = slots_[transport_.local_rank()];
-  const RowFormat& format = args_.format;
-  std::memcpy(owned.rows, own.rows, static_cast<size_t>(handle_->num_rows * format.payload_bytes));
-  for (int64_t row = 0; owned.scales != nullptr && row < handle_->num_rows; ++row) {
-    std::memcpy(static_cast<char*>(owned.scales) + row * format.scale_bytes, own.scales + row * format.scale_pitch(),
-                static_cast<size_t>(format.scale_bytes));
-  }
+  if (args_.zero_padding) slot_.zero_padding(*handle_);
+  if (!cached_) slot_.keep_routing(*handle_);
 }
 
 void Dispatch::finish(const Turn& turn) { give_lane_credit(transport_, turn); }

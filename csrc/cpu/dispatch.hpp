@@ -8,6 +8,7 @@
 
 #include "cpu/handle.hpp"
 #include "cpu/plan.hpp"
+#include "cpu/slot.hpp"
 #include "cpu/transport.hpp"
 #include "protocol/args.hpp"
 
@@ -17,31 +18,18 @@ class Dispatch {
  public:
   // With `cached`, `handle` is that of an earlier dispatch and stays as it is; otherwise it is filled.
   // `slot_use` is the number of this use of the slot, from 1.
-  Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached, uint64_t slot_use);
+  Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
+           uint64_t slot_use);
 
   // D0 to D4. Calls `on_counts` once the sizes of the result are known. Throws if the dispatch is refused: then
   // everything of it is settled, on every rank, and receive() must not follow.
   void send(const Turn& turn, const std::function<void()>& on_counts);
-  // D5 and D6: returns when every row has arrived; an owned result has been copied and the slot given back.
+  // D5 and D6: returns when every row has arrived, and has been copied where the result is owned.
   void receive(const Turn& turn, const OwnedOutput& owned);
   // Gives the slot back to the ranks that write into it.
   void release(const Turn& turn);
 
  private:
-  // The slot of one rank of the node, as its writers see it.
-  struct SlotView {
-    char* rows;
-    char* scales;
-    int32_t* topk_idx;
-    float* topk_weights;
-    int32_t* expert_rows;
-  };
-  // A row on its way.
-  struct Row {
-    const char* payload;
-    const char* scales;
-  };
-
   void d0_credit(const Turn& turn);
   void d1_count();
   void d2_exchange(const Turn& turn);
@@ -56,12 +44,7 @@ class Dispatch {
   void refuse(const Turn& turn, const Verdict& verdict);
 
   Row input_row(int token) const;
-  void place(const RouteEntry* entries, const Row& row);
-  void place_routing(const SlotView& to, int rank, const RouteEntry* entries, int64_t rank_row);
   int num_relay_rows(int stream) const;
-  void zero_padding();
-  void keep_routing();
-  void copy_out(const OwnedOutput& owned) const;
 
   Transport& transport_;
   const Shape& shape_;
@@ -70,11 +53,11 @@ class Dispatch {
   const bool cached_;
   const uint64_t slot_use_;
   const StreamRow stream_row_;
-  std::vector<SlotView> slots_;      // by local rank
-  std::vector<char> counts_;         // own count vector
-  std::vector<char> cast_rows_;      // FP8 input made from BF16: payloads, then scales
+  Slot slot_;
+  std::vector<char> counts_;     // own count vector
+  std::vector<char> cast_rows_;  // FP8 input made from BF16: payloads, then scales
   std::optional<Bases> bases_;
-  bool settled_ = false;             // refused: the slot has been given back
+  bool settled_ = false;  // refused: the slot has been given back
 };
 
 }  // namespace deep_a2a::cpu

@@ -1,4 +1,5 @@
-// All that a rank knows about one dispatch, as source, receiver and relay. Combine and cached dispatch need nothing else.
+// All that a rank knows about one dispatch, as source, receiver and relay. Combine and cached dispatch need nothing
+// else.
 #pragma once
 
 #include <cstdint>

@@ -37,9 +37,12 @@ std::exception_ptr overflow(const Parts&... parts) {
 // Rows of `x` that an expert's group takes at its rank.
 int64_t group_rows(const Shape& s, int64_t tokens) {
   switch (s.layout) {
-    case Layout::kRank: return 0;
-    case Layout::kExpert: return align_up<int64_t>(tokens, s.expert_alignment);
-    case Layout::kPadded: return s.expert_capacity;
+    case Layout::kRank:
+      return 0;
+    case Layout::kExpert:
+      return align_up<int64_t>(tokens, s.expert_alignment);
+    case Layout::kPadded:
+      return s.expert_capacity;
   }
   return 0;
 }
@@ -105,7 +108,8 @@ void count_tokens(const Shape& s, int node, const DispatchArgs& args, Handle& ha
       entry.weight = args.topk_weights != nullptr ? args.topk_weights[idx] : 1.0f;
       entry.expert_row = counts.expert_rows[expert]++;
       const int same_rank = first_slot_of(route, slot, [&](int e) { return s.rank_of_expert(e); });
-      entry.rank_row = same_rank < slot ? route[same_rank].rank_row : counts.rank_rows[s.rank_of_expert(entry.expert)]++;
+      entry.rank_row =
+          same_rank < slot ? route[same_rank].rank_row : counts.rank_rows[s.rank_of_expert(entry.expert)]++;
       const int to_node = s.node_of_expert(entry.expert);
       const int same_node = first_slot_of(route, slot, [&](int e) { return s.node_of_expert(e); });
       if (to_node == node) continue;

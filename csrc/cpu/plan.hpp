@@ -53,7 +53,8 @@ class Bases {
   std::vector<int32_t> expert_bases_;  // [sources, experts of the node]
 };
 
-// The receiver part of `handle`; the routing of its rank rows is sized (for the whole slot with `fixed_shapes`), not filled.
+// The receiver part of `handle`; the routing of its rank rows is sized (for the whole slot with `fixed_shapes`), not
+// filled.
 void fill_received_counts(const Shape& shape, int rank, const AllCounts& counts, bool fixed_shapes, Handle& handle);
 
 }  // namespace deep_a2a::cpu

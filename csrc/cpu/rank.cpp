@@ -17,7 +17,8 @@ std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& a
   call->lane = lane_idx;
   call->counts = std::make_shared<Event>();
   call->handle = cached != nullptr ? cached : std::make_shared<Handle>();
-  call->dispatch = std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, ++slot_uses_[args.slot]);
+  call->dispatch =
+      std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, ++slot_uses_[args.slot]);
   call->sent = lane(lane_idx).begin([dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
     try {
       dispatch->send(turn, [&] { counts->set(); });
@@ -56,7 +57,8 @@ void Rank::receive(CombineCall& call) {
 }
 
 Lane& Rank::lane(int idx) {
-  check_argument(idx >= 0 && idx < static_cast<int>(lanes_.size()), "lane must be in [0, ", lanes_.size(), "), got ", idx);
+  check_argument(idx >= 0 && idx < static_cast<int>(lanes_.size()), "lane must be in [0, ", lanes_.size(), "), got ",
+                 idx);
   return *lanes_[idx];
 }
 

@@ -113,20 +113,22 @@ struct RowMath {
   void (*cast_e5m2)(const uint16_t*, int, ScaleFormat, uint8_t*, void*);
 };
 
-#define DEEP_A2A_ROW_MATH(name, attributes)                                                                           \
-  struct name {                                                                                                       \
-    attributes static void add(const RowTerms& terms, uint16_t* out, int hidden) { add_rows_body(terms, out, hidden); } \
-    attributes static void weigh(const uint16_t* const* rows, const float* weights, int count, uint16_t* out,         \
-                                 int hidden) {                                                                        \
-      weigh_rows_body(rows, weights, count, out, hidden);                                                             \
-    }                                                                                                                 \
+#define DEEP_A2A_ROW_MATH(name, attributes)                                                                            \
+  struct name {                                                                                                        \
+    attributes static void add(const RowTerms& terms, uint16_t* out, int hidden) {                                     \
+      add_rows_body(terms, out, hidden);                                                                               \
+    }                                                                                                                  \
+    attributes static void weigh(const uint16_t* const* rows, const float* weights, int count, uint16_t* out,          \
+                                 int hidden) {                                                                         \
+      weigh_rows_body(rows, weights, count, out, hidden);                                                              \
+    }                                                                                                                  \
     attributes static void cast_e4m3(const uint16_t* row, int hidden, ScaleFormat format, uint8_t* payload, void* s) { \
-      cast_row_body<E4M3>(row, hidden, format, payload, s);                                                           \
-    }                                                                                                                 \
+      cast_row_body<E4M3>(row, hidden, format, payload, s);                                                            \
+    }                                                                                                                  \
     attributes static void cast_e5m2(const uint16_t* row, int hidden, ScaleFormat format, uint8_t* payload, void* s) { \
-      cast_row_body<E5M2>(row, hidden, format, payload, s);                                                           \
-    }                                                                                                                 \
-    static constexpr RowMath table() { return {add, weigh, cast_e4m3, cast_e5m2}; }                                   \
+      cast_row_body<E5M2>(row, hidden, format, payload, s);                                                            \
+    }                                                                                                                  \
+    static constexpr RowMath table() { return {add, weigh, cast_e4m3, cast_e5m2}; }                                    \
   };
 
 DEEP_A2A_ROW_MATH(Portable, )

@@ -1,5 +1,5 @@
-// The arithmetic on rows: sums of combine, the FP8 cast of dispatch. Same bits on every machine; the fastest variant that
-// the processor has is chosen at run time.
+// The arithmetic on rows: sums of combine, the FP8 cast of dispatch. Same bits on every machine; the fastest variant
+// that the processor has is chosen at run time.
 #pragma once
 
 #include <cstdint>

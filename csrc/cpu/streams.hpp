@@ -60,7 +60,8 @@ inline const uint64_t* chunk_word(const Transport& transport, const Turn& turn, 
                         int64_t{stream} * max_chunks(transport.shape()) + chunk);
 }
 
-// Calls use(stream, first_row, end_row) for every chunk that has arrived, until rows_of(stream) rows of each stream have.
+// Calls use(stream, first_row, end_row) for every chunk that has arrived, until rows_of(stream) rows of each stream
+// have.
 template <class RowsOf, class Use>
 void drain_streams(Transport& transport, const Turn& turn, Step step, RowsOf&& rows_of, Use&& use) {
   const int num_streams = transport.topology().num_peer_nodes();

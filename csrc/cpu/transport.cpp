@@ -35,11 +35,14 @@ Transport::Transport(const Shape& shape, int rank, std::vector<std::shared_ptr<W
   validate(shape_);
   check_argument(static_cast<int>(windows_.size()) == topology().num_ranks, "expected one window per rank, got ",
                  windows_.size());
-  check_argument(rank >= 0 && rank < topology().num_ranks, "rank must be in [0, ", topology().num_ranks, "), got ", rank);
+  check_argument(rank >= 0 && rank < topology().num_ranks, "rank must be in [0, ", topology().num_ranks, "), got ",
+                 rank);
   for (const auto& window : windows_) {
-    check_argument(window->bytes() >= layout_.bytes, "a window has ", window->bytes(), " bytes, expected ", layout_.bytes);
+    check_argument(window->bytes() >= layout_.bytes, "a window has ", window->bytes(), " bytes, expected ",
+                   layout_.bytes);
   }
-  if (network_seed) disturbed_ = std::make_unique<DisturbedNetwork>(*network_seed * 1000003u + static_cast<uint64_t>(rank));
+  if (network_seed)
+    disturbed_ = std::make_unique<DisturbedNetwork>(*network_seed * 1000003u + static_cast<uint64_t>(rank));
 }
 
 void Transport::signal(int rank, int lane, uint64_t* word, uint64_t value) {
@@ -59,7 +62,8 @@ void Transport::signal_all_lanes(int rank, uint64_t* word, uint64_t value) {
   for (int lane = 0; lane < shape_.num_lanes; ++lane) doorbell(rank, lane)->ring();
 }
 
-void Transport::put_signal(int rank, int lane, char* to, const char* from, int64_t bytes, uint64_t* word, uint64_t value) {
+void Transport::put_signal(int rank, int lane, char* to, const char* from, int64_t bytes, uint64_t* word,
+                           uint64_t value) {
   network_bytes_.fetch_add(bytes, std::memory_order_relaxed);
   const Put put{to, from, bytes, word, value, doorbell(rank, lane)};
   if (disturbed_) {
@@ -117,14 +121,15 @@ void Transport::throw_if_aborted() const {
 void Transport::give_up(const Turn& turn, const Condition& condition, std::chrono::nanoseconds waited) {
   std::lock_guard<std::mutex> lock(give_up_mutex_);
   throw_if_aborted();
-  const FaultRecord record{condition.awaited.step,
-                           rank_,
-                           condition.awaited.peer,
-                           turn.lane,
-                           turn.epoch,
-                           condition.expected,
-                           load_acquire(condition.word),
-                           static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(waited).count())};
+  const FaultRecord record{
+      condition.awaited.step,
+      rank_,
+      condition.awaited.peer,
+      turn.lane,
+      turn.epoch,
+      condition.expected,
+      load_acquire(condition.word),
+      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(waited).count())};
   const int64_t offset = rank_ * static_cast<int64_t>(sizeof(record));
   const uint64_t value = static_cast<uint64_t>(rank_) + 1;
   char* own = region(rank_, Region::kFaults) + offset;

@@ -88,7 +88,9 @@ class Transport {
   int64_t network_bytes() const { return network_bytes_.load(std::memory_order_relaxed); }
 
  private:
-  Doorbell* doorbell(int rank, int lane) const { return reinterpret_cast<Doorbell*>(region(rank, Region::kDoorbell, lane)); }
+  Doorbell* doorbell(int rank, int lane) const {
+    return reinterpret_cast<Doorbell*>(region(rank, Region::kDoorbell, lane));
+  }
   uint64_t abort_word() const { return load_acquire(word(rank_, Region::kAbort, 0, 0)); }
   [[noreturn]] void give_up(const Turn& turn, const Condition& condition, std::chrono::nanoseconds waited);
   std::string describe(const FaultRecord& record) const;
@@ -99,7 +101,7 @@ class Transport {
   const std::vector<std::shared_ptr<Window>> windows_;
   const std::chrono::nanoseconds timeout_;
   std::mutex give_up_mutex_;
-  std::exception_ptr poison_;            // set once, before poisoned_
+  std::exception_ptr poison_;  // set once, before poisoned_
   std::atomic<bool> poisoned_{false};
   std::atomic<int64_t> shm_bytes_{0};
   std::atomic<int64_t> network_bytes_{0};

@@ -13,10 +13,11 @@ enum class ScaleFormat : int { kFloat32 = 0, kUE8M0 = 1 };
 struct DispatchArgs {
   const void* x = nullptr;  // [num_tokens] rows, `x_pitch` bytes apart: payload, or BF16 to be cast
   int64_t x_pitch = 0;
-  const void* scales = nullptr;  // [num_tokens] rows of format.scale_bytes, `scales_pitch` apart; null when cast or without
+  const void* scales =
+      nullptr;  // [num_tokens] rows of format.scale_bytes, `scales_pitch` apart; null when cast or without
   int64_t scales_pitch = 0;
-  const void* topk_idx = nullptr;  // [num_tokens, num_topk] int32 or int64; null when cached
-  int topk_idx_bytes = 0;          // 4 or 8
+  const void* topk_idx = nullptr;       // [num_tokens, num_topk] int32 or int64; null when cached
+  int topk_idx_bytes = 0;               // 4 or 8
   const float* topk_weights = nullptr;  // [num_tokens, num_topk], null for ones
   int num_tokens = 0;
   RowFormat format;
@@ -34,7 +35,7 @@ struct OwnedOutput {
 };
 
 struct CombineArgs {
-  const void* rows = nullptr;  // BF16: [rank_rows, hidden] (kRank) or [rows, hidden]
+  const void* rows = nullptr;   // BF16: [rank_rows, hidden] (kRank) or [rows, hidden]
   const float* side = nullptr;  // FP32: [rank_rows, num_topk] (kRank) or [rows]; null without
   bool weighted = false;
   void* out = nullptr;        // BF16 [num_tokens, hidden]

@@ -66,7 +66,8 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kReadFlag, "read_flag", Scope::kPerLane, locals * kWordBytes, "combine rows read");
   visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts, "count vectors by source rank");
   visit(Region::kNetCountsIn, "net_counts_in", Scope::kPerLane, streams * counts, "count vectors of rail peers");
-  visit(Region::kNetCountsOut, "net_counts_out", Scope::kPerLane, streams > 0 ? counts : 0, "own count vector, put source");
+  visit(Region::kNetCountsOut, "net_counts_out", Scope::kPerLane, streams > 0 ? counts : 0,
+        "own count vector, put source");
   visit(Region::kNetIn, "net_in", Scope::kPerLane, stream_rows, "rows from other nodes");
   visit(Region::kNetOut, "net_out", Scope::kPerLane, stream_rows, "rows to other nodes");
   visit(Region::kInputRows, "input_rows", Scope::kPerLane, s.max_tokens * s.max_payload_bytes(), "lent dispatch input");

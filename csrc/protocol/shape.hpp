@@ -11,7 +11,7 @@ namespace deep_a2a {
 
 enum class Layout : int { kRank = 0, kExpert = 1, kPadded = 2 };
 
-constexpr int kRowAlignment = 16;       // bytes; the unit of bulk copies
+constexpr int kRowAlignment = 16;  // bytes; the unit of bulk copies
 constexpr int kScaleGroupChannels = 128;
 constexpr int kMaxTopk = 32;
 constexpr int kMaxSlots = 64;
@@ -64,8 +64,8 @@ struct Shape {
 inline void validate(const Shape& s) {
   const Topology& t = s.topology;
   check_argument(t.num_ranks >= 1, "num_ranks must be at least 1, got ", t.num_ranks);
-  check_argument(t.ranks_per_node >= 1 && t.num_ranks % t.ranks_per_node == 0, "ranks_per_node must divide num_ranks = ",
-                 t.num_ranks, ", got ", t.ranks_per_node);
+  check_argument(t.ranks_per_node >= 1 && t.num_ranks % t.ranks_per_node == 0,
+                 "ranks_per_node must divide num_ranks = ", t.num_ranks, ", got ", t.ranks_per_node);
   check_argument(s.hidden >= 8 && s.hidden % 8 == 0,
                  "hidden must be a positive multiple of 8 (BF16 rows of whole 16 bytes), got ", s.hidden);
   check_argument(s.hidden <= (1 << 20), "hidden must be at most 1048576, got ", s.hidden);
@@ -80,12 +80,14 @@ inline void validate(const Shape& s) {
   check_argument(s.layout == Layout::kExpert || s.expert_alignment == 1,
                  "expert_alignment is for layout \"expert\" alone, got ", s.expert_alignment);
   check_argument(s.layout == Layout::kPadded ? s.expert_capacity >= 1 : s.expert_capacity == 0,
-                 "expert_capacity must be at least 1 with layout \"padded\" and absent otherwise, got ", s.expert_capacity);
+                 "expert_capacity must be at least 1 with layout \"padded\" and absent otherwise, got ",
+                 s.expert_capacity);
   check_argument(s.max_recv_rows >= 0 && (s.layout != Layout::kPadded || s.max_recv_rows == 0),
                  "max_recv_rows must be positive, and absent with layout \"padded\" (see expert_capacity), got ",
                  s.max_recv_rows);
-  check_argument(s.slot_rows() <= INT32_MAX, "a slot of ", s.slot_rows(),
-                 " rows is too large (at most 2147483647): lower num_max_tokens_per_rank, max_recv_rows or expert_capacity");
+  check_argument(
+      s.slot_rows() <= INT32_MAX, "a slot of ", s.slot_rows(),
+      " rows is too large (at most 2147483647): lower num_max_tokens_per_rank, max_recv_rows or expert_capacity");
   check_argument(s.num_slots >= 1 && s.num_slots <= kMaxSlots, "num_slots must be between 1 and ", kMaxSlots, ", got ",
                  s.num_slots);
   check_argument(s.num_lanes >= 1 && s.num_lanes <= kMaxLanes, "num_lanes must be between 1 and ", kMaxLanes, ", got ",

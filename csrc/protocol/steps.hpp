@@ -23,18 +23,30 @@ enum class Step : int32_t {
 
 inline const char* step_name(Step step) {
   switch (step) {
-    case Step::kD0Credit: return "D0 credit";
-    case Step::kD0SlotCredit: return "D0 credit (slot)";
-    case Step::kD2Exchange: return "D2 exchange";
-    case Step::kD3Bases: return "D3 bases";
-    case Step::kD5Relay: return "D5 relay";
-    case Step::kD6Sent: return "D6 arrival (sent)";
-    case Step::kD6Relayed: return "D6 arrival (relayed)";
-    case Step::kC0Credit: return "C0 credit";
-    case Step::kC2Gather: return "C2 gather";
-    case Step::kC3Relay: return "C3 relay";
-    case Step::kC4AddNodes: return "C4 add nodes";
-    case Step::kC5CreditReturned: return "C5 credit returned";
+    case Step::kD0Credit:
+      return "D0 credit";
+    case Step::kD0SlotCredit:
+      return "D0 credit (slot)";
+    case Step::kD2Exchange:
+      return "D2 exchange";
+    case Step::kD3Bases:
+      return "D3 bases";
+    case Step::kD5Relay:
+      return "D5 relay";
+    case Step::kD6Sent:
+      return "D6 arrival (sent)";
+    case Step::kD6Relayed:
+      return "D6 arrival (relayed)";
+    case Step::kC0Credit:
+      return "C0 credit";
+    case Step::kC2Gather:
+      return "C2 gather";
+    case Step::kC3Relay:
+      return "C3 relay";
+    case Step::kC4AddNodes:
+      return "C4 add nodes";
+    case Step::kC5CreditReturned:
+      return "C5 credit returned";
   }
   return "unknown step";
 }

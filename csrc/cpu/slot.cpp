@@ -1,0 +1,107 @@
+#include "cpu/slot.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace deep_a2a::cpu {
+namespace {
+
+// Calls use(first_row, end_row) for what each expert's group holds, or for what lies between the groups.
+template <class Use>
+void for_groups(const Handle& handle, bool padding, Use&& use) {
+  for (size_t expert = 0; expert < handle.rows_per_expert.size(); ++expert) {
+    const int64_t first = handle.expert_offsets[expert];
+    const int64_t end = first + handle.rows_per_expert[expert];
+    if (padding) {
+      use(end, int64_t{handle.expert_offsets[expert + 1]});
+    } else {
+      use(first, end);
+    }
+  }
+}
+
+}  // namespace
+
+Slot::Slot(Transport& transport, int slot, const RowFormat& format)
+    : transport_(transport), shape_(transport.shape()), format_(format) {
+  for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
+    const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, slot); };
+    views_.push_back({at(Region::kRecvRows), at(Region::kRecvScales),
+                      reinterpret_cast<int32_t*>(at(Region::kRecvTopkIdx)),
+                      reinterpret_cast<float*>(at(Region::kRecvTopkWeights)),
+                      reinterpret_cast<int32_t*>(at(Region::kRecvExpertRows))});
+  }
+}
+
+void Slot::place(const RouteEntry* entries, const Row& row, bool with_routing) {
+  const bool row_per_rank = shape_.layout == Layout::kRank;
+  for (int slot = 0; slot < shape_.num_topk; ++slot) {
+    const int expert = entries[slot].expert;
+    if (expert < 0 || shape_.node_of_expert(expert) != transport_.node()) continue;
+    const int rank = shape_.rank_of_expert(expert);
+    const View& to = views_[shape_.topology.local_of(rank)];
+    const bool first = std::none_of(entries, entries + slot, [&](const RouteEntry& earlier) {
+      return earlier.expert >= 0 && shape_.rank_of_expert(earlier.expert) == rank;
+    });
+    int64_t bytes = 0;
+    if (first || !row_per_rank) {
+      const int64_t at = row_per_rank ? entries[slot].rank_row : entries[slot].expert_row;
+      std::memcpy(to.rows + at * format_.payload_bytes, row.payload, static_cast<size_t>(format_.payload_bytes));
+      if (row.scales != nullptr) {
+        std::memcpy(to.scales + at * format_.scale_pitch(), row.scales, static_cast<size_t>(format_.scale_bytes));
+      }
+      bytes += format_.payload_bytes + format_.scale_bytes;
+    }
+    if (first && with_routing) {
+      place_routing(to, rank, entries, entries[slot].rank_row);
+      bytes += int64_t{shape_.num_topk} * 12;
+    }
+    if (rank != transport_.rank()) transport_.count_shm_bytes(bytes);
+  }
+}
+
+void Slot::place_routing(const View& to, int rank, const RouteEntry* entries, int64_t rank_row) {
+  const int topk = shape_.num_topk;
+  const int first_expert = rank * shape_.num_local_experts();
+  for (int slot = 0; slot < topk; ++slot) {
+    const RouteEntry& entry = entries[slot];
+    const bool here = entry.expert >= first_expert && entry.expert < first_expert + shape_.num_local_experts();
+    to.topk_idx[rank_row * topk + slot] = here ? entry.expert - first_expert : -1;
+    to.topk_weights[rank_row * topk + slot] = here ? entry.weight : 0.0f;
+    to.expert_rows[rank_row * topk + slot] = here ? entry.expert_row : -1;
+  }
+}
+
+void Slot::zero_padding(const Handle& handle) {
+  if (shape_.layout == Layout::kRank) return;
+  for_groups(handle, true, [&](int64_t first, int64_t end) {
+    const auto rows = static_cast<size_t>(end - first);
+    std::memset(own().rows + first * format_.payload_bytes, 0, rows * static_cast<size_t>(format_.payload_bytes));
+    std::memset(own().scales + first * format_.scale_pitch(), 0, rows * static_cast<size_t>(format_.scale_pitch()));
+  });
+}
+
+void Slot::keep_routing(Handle& handle) const {
+  const int64_t entries = handle.num_rank_rows * shape_.num_topk;
+  std::copy_n(own().topk_idx, entries, handle.topk_idx.begin());
+  std::copy_n(own().topk_weights, entries, handle.topk_weights.begin());
+  if (shape_.layout != Layout::kRank) std::copy_n(own().expert_rows, entries, handle.expert_rows.begin());
+}
+
+void Slot::copy_out(const Handle& handle, const OwnedOutput& owned, bool with_padding) const {
+  const auto copy = [&](int64_t first, int64_t end) {
+    std::memcpy(static_cast<char*>(owned.rows) + first * format_.payload_bytes,
+                own().rows + first * format_.payload_bytes, static_cast<size_t>((end - first) * format_.payload_bytes));
+    for (int64_t row = first; owned.scales != nullptr && row < end; ++row) {
+      std::memcpy(static_cast<char*>(owned.scales) + row * format_.scale_bytes,
+                  own().scales + row * format_.scale_pitch(), static_cast<size_t>(format_.scale_bytes));
+    }
+  };
+  if (shape_.layout == Layout::kRank || with_padding) {
+    copy(0, handle.num_rows);
+  } else {
+    for_groups(handle, false, copy);
+  }
+}
+
+}  // namespace deep_a2a::cpu

@@ -1,0 +1,51 @@
+// One slot of the windows of this node, as sources and relays write into it and as its receiver reads it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/handle.hpp"
+#include "cpu/transport.hpp"
+#include "protocol/args.hpp"
+
+namespace deep_a2a::cpu {
+
+// A row on its way; `scales` is null for formats without.
+struct Row {
+  const char* payload;
+  const char* scales;
+};
+
+class Slot {
+ public:
+  Slot(Transport& transport, int slot, const RowFormat& format);
+
+  // Stores a row to all its final rows on this node: once per destination rank, or once per expert. `with_routing` also
+  // stores its entries to its rank rows. Entries of other nodes are passed over.
+  void place(const RouteEntry* entries, const Row& row, bool with_routing);
+
+  // The receiver's side, once everything has arrived.
+  void zero_padding(const Handle& handle);
+  void keep_routing(Handle& handle) const;
+  void copy_out(const Handle& handle, const OwnedOutput& owned, bool with_padding) const;
+
+ private:
+  // The slot's regions at one rank.
+  struct View {
+    char* rows;
+    char* scales;
+    int32_t* topk_idx;
+    float* topk_weights;
+    int32_t* expert_rows;
+  };
+
+  void place_routing(const View& to, int rank, const RouteEntry* entries, int64_t rank_row);
+  const View& own() const { return views_[transport_.local_rank()]; }
+
+  Transport& transport_;
+  const Shape& shape_;
+  const RowFormat format_;
+  std::vector<View> views_;  // by local rank
+};
+
+}  // namespace deep_a2a::cpu
