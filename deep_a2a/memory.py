@@ -62,7 +62,7 @@ def check_affordable(table: MemoryTable, ranks_on_host: int) -> None:
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if table.total_bytes * ranks_on_host > available:
         raise MemoryError(
-            f"{ranks_on_host} windows of {format_bytes(table.total_bytes)} exceed this host's {format_bytes(available)}; "
-            "lower num_max_tokens_per_rank, num_slots or num_lanes, or bound the received rows "
-            f"(max_recv_rows; layout 'padded': expert_capacity)\n{table}"
+            f"{ranks_on_host} windows of {format_bytes(table.total_bytes)} exceed this host's memory of "
+            f"{format_bytes(available)}: lower num_max_tokens_per_rank, num_slots or num_lanes, or bound the received "
+            f"rows (max_recv_rows; layout 'padded': expert_capacity)\n{table}"
         )
