@@ -72,16 +72,20 @@ class RankThread {
   RankThread(Rank& rank, const Batch& batch, int lane) : rank_(rank), batch_(batch), lane_(lane) {}
 
   void run(bool cached_too) {
-    auto first = dispatch(nullptr);
-    combine(*first);
-    rank_.release(*first);
-    if (!cached_too) return;
-    auto second = dispatch(first->handle);
-    combine(*second);
-    rank_.release(*second);
+    auto first = use(nullptr);
+    if (cached_too) use(first->handle);
   }
 
  private:
+  std::shared_ptr<DispatchCall> use(std::shared_ptr<Handle> cached) {
+    auto call = dispatch(std::move(cached));
+    combine(*call);
+    std::this_thread::yield();
+    check_rows(*call->handle);  // leased: nobody may have written to them, however far the others are
+    rank_.release(*call);
+    return call;
+  }
+
   const Shape& shape() const { return rank_.transport().shape(); }
   int self() const { return rank_.transport().rank(); }
 
