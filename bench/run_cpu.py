@@ -1,0 +1,41 @@
+"""Takes bench/results/cpu.json: the cpu backend beside gloo, at the size that the README quotes. Wants a quiet machine.
+
+python bench/run_cpu.py [FILE]
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from deep_a2a.benchmark.cell import Cell
+from deep_a2a.benchmark.command import run_cells
+from deep_a2a.benchmark.record import Dtype, Layout
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cells() -> list[Cell]:
+    """8 ranks as one node and as two; every payload and layout, then one change at a time from BF16 rows by rank."""
+    one_node, two_nodes = Cell(ranks_per_node=8), Cell(ranks_per_node=4)
+    chosen = [
+        replace(base, layout=layout, dtype=dtype)
+        for base, layout, dtype in itertools.product((one_node, two_nodes), get_args(Layout), get_args(Dtype))
+    ]
+    for base in (one_node, two_nodes):
+        chosen += [replace(base, cached=True), replace(base, output="owned"), replace(base, input="copied")]
+    chosen += [replace(two_nodes, routing=routing) for routing in ("zipf", "hot", "all_to_one_rank", "none_to_rank")]
+    chosen.append(replace(two_nodes, topk_groups=1))
+    return chosen
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "cpu.json"
+    run_cells(cells(), "python bench/run_cpu.py", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a result file says about the machine that it was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def num_usable_cores() -> int:
+    """Cores that this process may run on (fewer than the machine has, in a container or under taskset)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    for line in _read_lines(Path("/proc/cpuinfo")):
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes(field: str = "MemTotal") -> int | None:
+    """A field of /proc/meminfo in bytes, or None where there is none."""
+    for line in _read_lines(Path("/proc/meminfo")):
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, memory, kernel and the versions that matter: plain values for JSON."""
+    total = memory_bytes()
+    return {
+        "cpu": cpu_model(),
+        "cores": num_usable_cores(),
+        "memory_gib": None if total is None else round(total / 2**30, 1),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": package_version("torch"),
+        "deep_a2a": package_version("deep-a2a"),
+    }
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

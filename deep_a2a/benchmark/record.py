@@ -1,0 +1,195 @@
+"""One measurement (`Record`) and the file that keeps measurements (`ResultFile`).
+
+The same schema serves every backend: what a backend does not have (SMs, kernel time, graphs) is None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Op = Literal["dispatch", "combine", "overlap"]
+Backend = Literal["cpu", "cuda"]
+Dtype = Literal["bf16", "fp8", "fp8_cast"]
+Layout = Literal["rank", "expert", "padded"]
+Output = Literal["leased", "owned"]
+Input = Literal["lent", "copied"]
+ScaleFormat = Literal["float32", "ue8m0"]
+
+LINK_CLASSES = ("nvlink", "network", "shm")
+_OVERLAP_FIELDS = ("gemm_alone_us", "gemm_beside_us", "comm_alone_us", "both_us")
+_CHOICES = {"op": Op, "backend": Backend, "dtype": Dtype, "layout": Layout, "output": Output, "input": Input}
+_COUNT_FIELDS = ("num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts")
+_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", *_OVERLAP_FIELDS)
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes of rows (payload and scales) that leave or enter the busiest rank, by link class.
+
+    For each class the larger of bytes sent and bytes received, of the rank where that is largest.
+    """
+
+    nvlink: int = 0
+    network: int = 0
+    shm: int = 0
+
+    def __post_init__(self) -> None:
+        for name in LINK_CLASSES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"wire_bytes.{name} is {value!r}; expected a number of bytes, 0 or more")
+
+    @property
+    def total(self) -> int:
+        """Bytes of all classes."""
+        return self.nvlink + self.network + self.shm
+
+    @property
+    def slowest(self) -> int:
+        """Bytes of the class that carries most."""
+        return max(self.nvlink, self.network, self.shm)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One operation, measured.
+
+    Times are in microseconds: of the slowest rank, median over `num_iters` iterations. `total_us` counts from the
+    common release of all ranks until the outputs may be read; `kernel_us` is the main kernel alone (cuda).
+    `wire_bytes` and `logical_bytes` are of the busiest rank; logical bytes are received rows, own rows included.
+    `ceiling_gbs` is what the link carries per rank (1e9 bytes a second), measured in the same run;
+    `link_time_ratio` is `total_us` over the time that the busiest link class needs at the ceiling. `baseline_us` is
+    the same work done by `baseline` in the same run. `checked` is True only if the results of every counted iteration
+    were compared with a plain computation. `topk_groups` is None without node-limited routing, `scale_format` None
+    for BF16 payloads. Fields of records with `op="overlap"`: communication beside a matrix product.
+    """
+
+    op: Op
+    backend: Backend
+    dtype: Dtype
+    layout: Layout
+    cached: bool
+    output: Output
+    input: Input
+    routing: str
+    num_ranks: int
+    ranks_per_node: int
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+    total_us: float
+    wire_bytes: WireBytes
+    logical_bytes: int
+    checked: bool
+    host_sync: bool
+    num_iters: int
+    topk_groups: int | None = None
+    num_sms: int | None = None
+    kernel_us: float | None = None
+    ceiling_gbs: float | None = None
+    link_time_ratio: float | None = None
+    baseline: str | None = None
+    baseline_us: float | None = None
+    graph: bool = False
+    scale_format: ScaleFormat | None = None
+    gemm_alone_us: float | None = None
+    gemm_beside_us: float | None = None
+    comm_alone_us: float | None = None
+    both_us: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            require_choice(name, getattr(self, name), get_args(kind))
+        scale_formats = (None,) if self.dtype == "bf16" else get_args(ScaleFormat)
+        if self.scale_format not in scale_formats:
+            raise ValueError(f"scale_format is {self.scale_format!r} with dtype {self.dtype}; expected {scale_formats}")
+        for name in _COUNT_FIELDS:
+            _require_count(name, getattr(self, name), least=0 if name == "num_tokens" else 1)
+        _require_count("num_iters", self.num_iters, least=1)
+        _require_count("logical_bytes", self.logical_bytes, least=0)
+        if self.num_ranks % self.ranks_per_node:
+            raise ValueError(
+                f"ranks_per_node is {self.ranks_per_node}; expected a divisor of num_ranks={self.num_ranks}"
+            )
+        for name in _TIME_FIELDS:
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value <= 0):
+                raise ValueError(f"{name} is {value!r}; expected a positive number")
+        if (self.baseline is None) != (self.baseline_us is None):
+            raise ValueError(
+                f"baseline is {self.baseline!r}, baseline_us is {self.baseline_us!r}; expected both or neither"
+            )
+        given = [name for name in _OVERLAP_FIELDS if getattr(self, name) is not None]
+        expected = list(_OVERLAP_FIELDS) if self.op == "overlap" else []
+        if given != expected:
+            raise ValueError(f"op {self.op!r} has the overlap fields {given}; expected {expected}")
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as the baseline."""
+        return None if self.baseline_us is None else self.baseline_us / self.total_us
+
+    @property
+    def logical_gbs(self) -> float:
+        """Logical bytes over total time, in 1e9 bytes a second."""
+        return self.logical_bytes / self.total_us / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values; overlap fields appear in overlap records only."""
+        values = dataclasses.asdict(self)
+        if self.op != "overlap":
+            for name in _OVERLAP_FIELDS:
+                del values[name]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """The inverse of `to_json`; unknown and missing fields raise ValueError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(f"record has unknown fields {unknown} and lacks {missing}")
+        return cls(**{**values, "wire_bytes": WireBytes(**values["wire_bytes"])})
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """What one run of a benchmark leaves behind: where, how and when it ran, and its records."""
+
+    machine: Mapping[str, Any]
+    command: str
+    date: str
+    records: Sequence[Record] = field(default_factory=tuple)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON, one record a line, so that two runs can be compared by `diff`."""
+        head = {"machine": dict(self.machine), "command": self.command, "date": self.date}
+        lines = json.dumps(head, indent=2).removesuffix("\n}")
+        records = ",\n".join("    " + json.dumps(record.to_json()) for record in self.records)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{lines},\n  "records": [\n{records}\n  ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> ResultFile:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        records = tuple(Record.from_json(record) for record in values["records"])
+        return cls(values["machine"], values["command"], values["date"], records)
+
+
+def require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _require_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer, {least} or more")

@@ -1,0 +1,74 @@
+"""Bytes that a routing moves, by link class: counted from `topk_idx` alone, not from what some backend did.
+
+Counted are rows that leave a rank: payload and scales, not counts, flags or the ids that travel with a row.
+- Own node: `rank` rows go once to each destination rank, `expert` and `padded` rows once to each local expert's place.
+- Other nodes: one row per token and node to the rail peer (`network`), which stores it on its node as above.
+- Combine: one BF16 row per token and destination rank comes back (each rank adds its own experts first), to the source
+  or, for tokens of other nodes, to the rail peer of the source; that sends one row per token and node (`network`).
+A row that stays on its rank is no wire byte, but it is a logical one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deep_a2a.benchmark.cell import Cell
+from deep_a2a.benchmark.record import WireBytes
+
+_BF16_BYTES = 2
+_NODE_LINK = {"cpu": "shm", "cuda": "nvlink"}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one operation at the busiest rank; the busiest rank may differ from class to class."""
+
+    wire: WireBytes
+    logical_bytes: int
+
+
+def dispatch_traffic(cell: Cell, topk_idx: Sequence[torch.Tensor]) -> Traffic:
+    """topk_idx: [tokens, num_topk] of every source rank."""
+    return _traffic(cell, topk_idx, cell.row_bytes, per_expert=cell.layout != "rank")
+
+
+def combine_traffic(cell: Cell, topk_idx: Sequence[torch.Tensor]) -> Traffic:
+    """topk_idx: as for `dispatch_traffic`. Logical bytes are the rows that come back, own rows included."""
+    return _traffic(cell, topk_idx, cell.hidden * _BF16_BYTES, per_expert=False)
+
+
+def _traffic(cell: Cell, topk_idx: Sequence[torch.Tensor], row_bytes: int, per_expert: bool) -> Traffic:
+    node_rows = torch.zeros(cell.num_ranks, cell.num_ranks, dtype=torch.int64)  # [storing rank, receiving rank]
+    net_rows = torch.zeros(cell.num_ranks, cell.num_ranks, dtype=torch.int64)  # [source, relay]
+    logical_rows = torch.zeros(cell.num_ranks, dtype=torch.int64)
+    for source, idx in enumerate(topk_idx):
+        slots = _slots_per_rank(cell, idx)
+        rows = slots if per_expert else slots.clamp(max=1)
+        logical_rows += rows.sum(dim=0)
+        local_rank = source % cell.ranks_per_node
+        visits_node = (slots > 0).view(-1, cell.num_nodes, cell.ranks_per_node).any(dim=2)
+        for node in range(cell.num_nodes):
+            ranks = slice(node * cell.ranks_per_node, (node + 1) * cell.ranks_per_node)
+            storing = source if node == source // cell.ranks_per_node else ranks.start + local_rank
+            node_rows[storing, ranks] += rows[:, ranks].sum(dim=0)
+            if storing != source:
+                net_rows[source, storing] += int(visits_node[:, node].sum())
+    node_rows.fill_diagonal_(0)
+    # Combine moves the same rows the other way: sent and received change places, and the larger of both is the same.
+    node_link = {_NODE_LINK[cell.backend]: _busiest(node_rows) * row_bytes}
+    wire = WireBytes(network=_busiest(net_rows) * row_bytes, **node_link)
+    return Traffic(wire, int(logical_rows.max()) * row_bytes)
+
+
+def _slots_per_rank(cell: Cell, topk_idx: torch.Tensor) -> torch.Tensor:
+    """int64 [tokens, num_ranks]: how many of a token's experts each rank holds."""
+    dest = torch.where(topk_idx >= 0, topk_idx // cell.num_local_experts, cell.num_ranks)
+    counts = torch.zeros(topk_idx.shape[0], cell.num_ranks + 1, dtype=torch.int64)
+    return counts.scatter_add_(1, dest, torch.ones_like(dest))[:, : cell.num_ranks]
+
+
+def _busiest(rows: torch.Tensor) -> int:
+    return int(torch.maximum(rows.sum(dim=0), rows.sum(dim=1)).max())

@@ -1,0 +1,276 @@
+"""What the tests do with a buffer, as plain data, and the random numbers for it: the same on all ranks and in the test.
+
+A `Case` is one dispatch and combine on all ranks. Data come from its seed alone, so that a rank can make its own share
+and the oracle everybody's.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import reference
+import torch
+from hypothesis import strategies as st
+
+TOPOLOGIES = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "8x1": (8, 1), "2x3": (2, 3)}
+LAYOUTS = ("rank", "expert", "padded")
+ROUTINGS = ("uniform", "sparse", "one_expert", "one_rank", "nowhere", "repeated")
+# "fp8_*" with the scale format: rows that the caller has quantized. "cast": BF16 rows that dispatch quantizes.
+PAYLOADS = (
+    "bf16",
+    "fp8_e4m3:float32",
+    "fp8_e4m3:ue8m0",
+    "fp8_e5m2:float32",
+    "fp8_e5m2:ue8m0",
+    "cast fp8_e4m3:float32",
+    "cast fp8_e4m3:ue8m0",
+    "cast fp8_e5m2:float32",
+    "cast fp8_e5m2:ue8m0",
+)
+# Fields of a case that are simply on or off.
+MODES = ("default_weights", "host_sync", "zero_padding", "lent", "halves", "async_op", "weighted", "side", "cached")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dispatch, one combine, and a second pair of them with the first one's handle if `cached`."""
+
+    topology: str = "2x4"
+    layout: str = "rank"
+    hidden: int = 64
+    local_experts: int = 4
+    num_topk: int = 4
+    max_tokens: int = 8
+    tokens: tuple[int, ...] = (5, 8, 0, 1, 7, 3, 8, 2)  # by rank; as many as there are ranks are used
+    routing: str = "uniform"
+    payload: str = "bf16"
+    expert_alignment: int = 1
+    expert_capacity: int | None = None
+    num_slots: int = 2
+    num_lanes: int = 1
+    network_seed: int | None = None
+    idx_dtype: torch.dtype = torch.int64
+    default_weights: bool = False
+    host_sync: bool = True
+    output: str = "leased"
+    zero_padding: bool = False
+    lent: bool = False
+    halves: bool = False
+    async_op: bool = False
+    weighted: bool = True
+    side: bool = False
+    cached: bool = False
+    seed: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        num_nodes, ranks_per_node = TOPOLOGIES[self.topology]
+        return num_nodes * ranks_per_node
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_ranks * self.local_experts
+
+    @property
+    def fmt(self) -> str:
+        """Format of the rows on the wire: "bf16" or an FP8 format."""
+        return self.payload.split()[-1].split(":")[0]
+
+    @property
+    def scale_format(self) -> str:
+        return self.payload.split(":")[-1] if self.fmt != "bf16" else "float32"
+
+    @property
+    def is_cast(self) -> bool:
+        return self.payload.startswith("cast")
+
+    @property
+    def is_weighted(self) -> bool:
+        return self.weighted and self.layout != "rank"
+
+    @property
+    def capacity(self) -> int:
+        """Rows per expert with layout "padded": more than the default when a token may take several."""
+        most = self.num_ranks * self.max_tokens * (self.num_topk if self.routing == "repeated" else 1)
+        return self.expert_capacity or most
+
+    def buffer_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "hidden": self.hidden,
+            "num_experts": self.num_experts,
+            "num_topk": self.num_topk,
+            "num_max_tokens_per_rank": self.max_tokens,
+            "ranks_per_node": TOPOLOGIES[self.topology][1],
+            "backend": "cpu",
+            "layout": self.layout,
+            "num_slots": self.num_slots,
+            "num_lanes": self.num_lanes,
+            "timeout_s": 30.0,
+            "network_seed": self.network_seed,
+        }
+        if self.layout == "expert":
+            arguments["expert_alignment"] = self.expert_alignment
+            if self.routing == "repeated":
+                padding = self.local_experts * (self.expert_alignment - 1)
+                arguments["max_recv_rows"] = self.num_ranks * self.max_tokens * self.num_topk + padding
+        if self.layout == "padded":
+            arguments["expert_capacity"] = self.capacity
+        return arguments
+
+    def setting(self) -> reference.Setting:
+        return reference.Setting(
+            num_ranks=self.num_ranks,
+            ranks_per_node=TOPOLOGIES[self.topology][1],
+            num_experts=self.num_experts,
+            num_topk=self.num_topk,
+            layout=self.layout,
+            expert_alignment=self.expert_alignment if self.layout == "expert" else 1,
+            expert_capacity=self.capacity,
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one rank calls dispatch with; `payload` and `scales` are what has to arrive."""
+
+    x: torch.Tensor  # BF16 or FP8 [tokens, hidden]
+    topk_idx: torch.Tensor  # [tokens, num_topk]
+    topk_weights: torch.Tensor  # float32 [tokens, num_topk]
+    payload: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """One stream of random numbers per tuple; hash() of integers is the same in every process."""
+    return torch.Generator().manual_seed(hash(seeds) % 2**63)
+
+
+def inputs(case: Case, rank: int, turn: int = 0) -> Inputs:
+    """`turn` 1 is the second dispatch of a cached case: other rows, same routing and weights."""
+    num_tokens = case.tokens[rank]
+    topk_idx = route(case, num_tokens, generator(case.seed, rank, 1))
+    weights = nearly_equal(generator(case.seed, rank, 2), *topk_idx.shape)
+    if case.default_weights:
+        weights = torch.ones(topk_idx.shape)
+    x, scales = rows_to_send(case, num_tokens, generator(case.seed, rank, 3, turn))
+    payload = x
+    if case.is_cast:
+        payload, scales = reference.quantize(x, case.fmt, case.scale_format)
+    return Inputs(x, topk_idx.to(case.idx_dtype), weights, payload, scales)
+
+
+def route(case: Case, num_tokens: int, numbers: torch.Generator) -> torch.Tensor:
+    """int64 [tokens, num_topk]; distinct experts per token, except for "repeated"."""
+    shape, experts = (num_tokens, case.num_topk), case.num_experts
+    distinct = torch.rand(num_tokens, experts, generator=numbers).argsort(1)[:, : case.num_topk].contiguous()
+    if case.routing == "sparse":
+        return torch.where(torch.rand(shape, generator=numbers) < 0.5, -1, distinct)
+    if case.routing == "one_expert":
+        idx = torch.full(shape, -1)
+        idx[:, case.seed % case.num_topk] = case.seed % experts
+        return idx
+    if case.routing == "one_rank":
+        first = case.seed % case.num_ranks * case.local_experts
+        local = torch.rand(num_tokens, case.local_experts, generator=numbers).argsort(1)[:, : case.num_topk]
+        idx = torch.full(shape, -1)
+        idx[:, : local.shape[1]] = first + local
+        return idx
+    if case.routing == "nowhere":
+        return torch.full(shape, -1)
+    if case.routing == "repeated":
+        return torch.randint(-1, experts, shape, generator=numbers)
+    return distinct
+
+
+def rows_to_send(case: Case, num_tokens: int, numbers: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows and, for FP8, scales. Any bits at all, except where dispatch has to compute with them."""
+    shape = (num_tokens, case.hidden)
+    if case.is_cast:
+        magnitude = torch.exp2(torch.randint(-20, 20, (num_tokens, 1), generator=numbers).float())
+        return (torch.randn(shape, generator=numbers) * magnitude).bfloat16(), None
+    if case.fmt == "bf16":
+        return torch.randint(0, 1 << 16, shape, generator=numbers).to(torch.uint16).view(torch.bfloat16), None
+    x = torch.randint(0, 256, shape, generator=numbers).to(torch.uint8).view(reference.FP8_DTYPES[case.fmt])
+    groups = (num_tokens, -(-case.hidden // reference.GROUP_CHANNELS))
+    if case.scale_format == "float32":
+        return x, torch.rand(groups, generator=numbers)
+    return x, torch.randint(0, 255, groups, generator=numbers).to(torch.uint8)
+
+
+def nearly_equal(numbers: torch.Generator, *shape: int) -> torch.Tensor:
+    """FP32 numbers that are nearly the same or the opposite of each other, and now and then zero: weighted sums of
+    few different values then cancel, and show what the rounding of a product has lost."""
+    last_bits = torch.randint(0, 8, shape, generator=numbers).float() * 2.0**-23
+    sign = torch.randint(0, 2, shape, generator=numbers) * 2 - 1
+    return torch.where(torch.rand(shape, generator=numbers) < 0.05, 0.0, sign * (0.7 + last_bits))
+
+
+def expert_output(case: Case, rank: int, num_rows: int, turn: int = 0) -> torch.Tensor:
+    """BF16 [rows, hidden]: few different values, so that sums cancel and hit ties, then any, and special ones."""
+    numbers = generator(case.seed, rank, 4, turn)
+    shape = (num_rows, case.hidden)
+    few = torch.randint(-5, 6, shape, generator=numbers).float() * 1.265625
+    few = torch.where(few == 0, -0.0, few).bfloat16()
+    wide = (torch.randn(shape, generator=numbers) * torch.exp2(20 * torch.randn(shape, generator=numbers))).bfloat16()
+    anything = torch.randint(0, 1 << 16, shape, generator=numbers).to(torch.uint16).view(torch.bfloat16)
+    kind = torch.rand(shape, generator=numbers)
+    return torch.where(kind < 0.6, few, torch.where(kind < 0.98, wide, anything))
+
+
+def side_values(case: Case, rank: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """FP32 values in all places, also in those that have to be ignored."""
+    return torch.randn(shape, generator=generator(case.seed, rank, 5))
+
+
+def random_tokens(numbers: random.Random, num_ranks: int, max_tokens: int) -> tuple[int, ...]:
+    return tuple(numbers.choice([0, max_tokens, numbers.randint(0, max_tokens)]) for _ in range(num_ranks))
+
+
+def rounds(case: Case, num_rounds: int, seed: int) -> list[Case]:
+    """`num_rounds` cases for one buffer, that of `case`: token counts, routing, payload and modes differ."""
+    numbers = random.Random(seed)
+    payloads = [payload for payload in PAYLOADS if payload == "bf16" or case.hidden % 16 == 0]
+    routings = [routing for routing in ROUTINGS if routing != "repeated" or case.layout == "rank"]  # else: larger slots
+    chosen = []
+    for _ in range(num_rounds):
+        modes: dict[str, Any] = {mode: numbers.random() < 0.5 for mode in MODES}
+        modes |= {
+            "seed": numbers.randrange(1 << 30),
+            "tokens": random_tokens(numbers, case.num_ranks, case.max_tokens),
+            "routing": numbers.choice(routings),
+            "payload": numbers.choice(payloads),
+            "idx_dtype": numbers.choice([torch.int32, torch.int64]),
+            "output": numbers.choice(["leased", "owned"]),
+        }
+        chosen.append(replace(case, **modes))
+    return chosen
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any case of a few tokens. It shrinks towards one rank, one token, one expert, and all modes off."""
+    num_nodes, ranks_per_node = TOPOLOGIES[topology := draw(st.sampled_from(list(TOPOLOGIES)))]
+    num_ranks = num_nodes * ranks_per_node
+    payload = draw(st.sampled_from(PAYLOADS))
+    local_experts = draw(st.integers(1, 6))
+    max_tokens = draw(st.integers(1, 9))
+    return Case(
+        topology=topology,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        hidden=draw(st.integers(1, 20)) * (8 if payload == "bf16" else 16),
+        local_experts=local_experts,
+        num_topk=draw(st.integers(1, min(32, num_ranks * local_experts))),
+        max_tokens=max_tokens,
+        tokens=tuple(draw(st.lists(st.integers(0, max_tokens), min_size=num_ranks, max_size=num_ranks))),
+        routing=draw(st.sampled_from(ROUTINGS)),
+        payload=payload,
+        expert_alignment=draw(st.sampled_from([1, 4, 7])),
+        num_slots=draw(st.integers(1, 3)),
+        network_seed=draw(st.none() | st.integers(0, 1000)),
+        idx_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
+        output=draw(st.sampled_from(["leased", "owned"])),
+        seed=draw(st.integers(0, 1 << 30)),
+        **{mode: draw(st.booleans()) for mode in MODES},
+    )

@@ -1,0 +1,88 @@
+"""Dispatch, and the combine that undoes it, against the oracle: one case per thing that broke others' packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from exchange import check
+from generators import LAYOUTS, PAYLOADS, ROUTINGS, TOPOLOGIES, Case
+from pool import Pool
+
+FEW_EXPERTS: dict[str, Any] = {"local_experts": 1, "num_topk": 2, "expert_capacity": 40}
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no tokens anywhere": {"tokens": (0,) * 8},
+    "tokens on one rank": {"tokens": (0, 0, 0, 0, 0, 5, 0, 0)},
+    "full": {"tokens": (8,) * 8},
+    "one token": {"max_tokens": 1, "tokens": (1,) * 8},
+    "many tokens": {"max_tokens": 150, "tokens": (150, 149, 0, 1, 77, 150, 33, 2), "hidden": 8},
+    "several chunks": {"max_tokens": 25, "tokens": (25, 24, 0, 1, 25, 7, 19, 2), "hidden": 7168, **FEW_EXPERTS},
+    **{f"routing {routing}": {"routing": routing} for routing in ROUTINGS},
+    **{f"hidden {hidden}": {"hidden": hidden} for hidden in (8, 16, 136, 1000, 1024, 7168)},
+    **{f"hidden {hidden} FP8": {"hidden": hidden, "payload": "cast fp8_e4m3:float32"} for hidden in (16, 144, 1024)},
+    **{payload: {"payload": payload, "hidden": 272} for payload in PAYLOADS},
+    "topk 1": {"num_topk": 1},
+    "topk 9": {"num_topk": 9},
+    "topk 32": {"num_topk": 32, "routing": "sparse"},
+    "topk 32, all": {"num_topk": 32},
+    "one expert per rank": {"local_experts": 1},
+    "520 experts": {"local_experts": 65, "num_topk": 9},
+    "1024 experts": {"local_experts": 128, "num_topk": 8},
+    "int32 idx": {"idx_dtype": torch.int32},
+    "int32 idx with -1": {"idx_dtype": torch.int32, "routing": "sparse"},
+    "weights default to ones": {"default_weights": True},
+    "owned": {"output": "owned"},
+    "owned FP8": {"output": "owned", "payload": "cast fp8_e4m3:ue8m0", "hidden": 272},
+    "fixed shapes": {"host_sync": False},
+    "fixed shapes, owned": {"host_sync": False, "output": "owned"},
+    "fixed shapes, cached": {"host_sync": False, "cached": True},
+    "zero padding": {"zero_padding": True, "expert_alignment": 8},
+    "zero padding FP8": {"zero_padding": True, "expert_alignment": 8, "payload": "cast fp8_e5m2:float32"},
+    "alignment 128": {"expert_alignment": 128},
+    "alignment 5": {"expert_alignment": 5},
+    "lent": {"lent": True},
+    "lent FP8": {"lent": True, "payload": "fp8_e4m3:float32"},
+    "halves": {"halves": True},
+    "async": {"async_op": True},
+    "cached": {"cached": True},
+    "cached FP8": {"cached": True, "payload": "cast fp8_e4m3:float32"},
+    "cached, sparse": {"cached": True, "routing": "sparse"},
+    "one slot": {"num_slots": 1, "cached": True},
+    "all modes": dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(pools: Callable[[int], Pool], name: str) -> None:
+    check(pools(8), [Case(**{"layout": layout, **CASES[name]}) for layout in LAYOUTS])
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_topology(pools: Callable[[int], Pool], topology: str) -> None:
+    cases = [
+        Case(topology, layout, payload=payload, routing=routing, cached=True)
+        for layout in LAYOUTS
+        for payload, routing in [("bf16", "uniform"), ("cast fp8_e4m3:float32", "sparse")]
+    ]
+    check(pools(cases[0].num_ranks), cases)
+
+
+def test_tight_capacity(pools: Callable[[int], Pool]) -> None:
+    """Slots of exactly the rows that arrive, where a wrong base would show."""
+    full = Case(tokens=(8,) * 8, routing="one_expert", num_topk=1, local_experts=1, cached=True)
+    check(pools(8), [replace(full, layout="padded", expert_capacity=64)])
+
+
+def test_different_cases_in_one_buffer(pools: Callable[[int], Pool]) -> None:
+    """What one dispatch leaves in the slots, flags and handles must not reach the next."""
+    for layout in LAYOUTS:
+        case = Case(layout=layout)
+        turns = [replace(case, payload=payload, seed=seed) for seed, payload in enumerate(PAYLOADS)]
+        turns += [replace(case, routing=routing, seed=9) for routing in ROUTINGS if routing != "repeated"]
+        turns += [replace(case, tokens=tokens, seed=10) for tokens in [(0,) * 8, (8,) * 8, (0, 8) * 4]]
+        check(pools(8), turns)
