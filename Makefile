@@ -61,7 +61,7 @@ tsan asan: $(cmake_stamp)
 	$(launcher) build/$@/protocol_driver $(ARGS)
 
 clean: ## remove everything that was built, except .venv
-	rm -rf build dist *.egg-info deep_a2a/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis $(venv)/.deep-a2a-*
+	rm -rf build dist train_moe.png *.egg-info deep_a2a/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis $(venv)/.deep-a2a-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # An interpreter outside of virtual environments lends its torch to .venv, if it has one.

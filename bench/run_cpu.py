@@ -25,8 +25,7 @@ def cells() -> list[Cell]:
         replace(base, layout=layout, dtype=dtype)
         for base, layout, dtype in itertools.product((one_node, two_nodes), get_args(Layout), get_args(Dtype))
     ]
-    for base in (one_node, two_nodes):
-        chosen += [replace(base, cached=True), replace(base, output="owned"), replace(base, input="copied")]
+    chosen += [replace(two_nodes, cached=True), replace(two_nodes, output="owned"), replace(two_nodes, input="copied")]
     chosen += [replace(two_nodes, routing=routing) for routing in ("zipf", "hot", "all_to_one_rank", "none_to_rank")]
     chosen.append(replace(two_nodes, topk_groups=1))
     return chosen

@@ -14,7 +14,7 @@ import reference
 import torch
 from hypothesis import strategies as st
 
-TOPOLOGIES = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "8x1": (8, 1), "2x3": (2, 3)}
+TOPOLOGIES = ("1x1", "1x8", "2x4", "4x2", "8x1", "2x3")  # nodes x ranks per node
 LAYOUTS = ("rank", "expert", "padded")
 ROUTINGS = ("uniform", "sparse", "one_expert", "one_rank", "nowhere", "repeated")
 # "fp8_*" with the scale format: rows that the caller has quantized. "cast": BF16 rows that dispatch quantizes.
@@ -66,8 +66,11 @@ class Case:
 
     @property
     def num_ranks(self) -> int:
-        num_nodes, ranks_per_node = TOPOLOGIES[self.topology]
-        return num_nodes * ranks_per_node
+        return int(self.topology.split("x")[0]) * self.ranks_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        return int(self.topology.split("x")[1])
 
     @property
     def num_experts(self) -> int:
@@ -102,7 +105,7 @@ class Case:
             "num_experts": self.num_experts,
             "num_topk": self.num_topk,
             "num_max_tokens_per_rank": self.max_tokens,
-            "ranks_per_node": TOPOLOGIES[self.topology][1],
+            "ranks_per_node": self.ranks_per_node,
             "backend": "cpu",
             "layout": self.layout,
             "num_slots": self.num_slots,
@@ -122,7 +125,7 @@ class Case:
     def setting(self) -> reference.Setting:
         return reference.Setting(
             num_ranks=self.num_ranks,
-            ranks_per_node=TOPOLOGIES[self.topology][1],
+            ranks_per_node=self.ranks_per_node,
             num_experts=self.num_experts,
             num_topk=self.num_topk,
             layout=self.layout,
@@ -251,8 +254,8 @@ def rounds(case: Case, num_rounds: int, seed: int) -> list[Case]:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any case of a few tokens. It shrinks towards one rank, one token, one expert, and all modes off."""
-    num_nodes, ranks_per_node = TOPOLOGIES[topology := draw(st.sampled_from(list(TOPOLOGIES)))]
-    num_ranks = num_nodes * ranks_per_node
+    topology = draw(st.sampled_from(TOPOLOGIES))
+    num_ranks = Case(topology).num_ranks
     payload = draw(st.sampled_from(PAYLOADS))
     local_experts = draw(st.integers(1, 6))
     max_tokens = draw(st.integers(1, 9))

@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "no slots": ({"num_slots": 0}, "ValueError", ["num_slots", "1", "0"]),
     "no lanes": ({"num_lanes": 0}, "ValueError", ["num_lanes", "1", "0"]),
     "no time": ({"timeout_s": 0}, "ValueError", ["timeout_s", "0"]),
-    "time is text": ({"timeout_s": "10"}, "TypeError", ["timeout_s", "'10'"]),
+    "time is text": ({"timeout_s": "10"}, "ValueError", ["timeout_s", "'10'"]),
     "negative seed": ({"network_seed": -1}, "ValueError", ["network_seed", "-1"]),
     "more memory than there is": (
         {"num_max_tokens_per_rank": 1 << 24, "hidden": 1 << 14},

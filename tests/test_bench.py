@@ -234,12 +234,15 @@ def test_plain_computation_agrees_with_oracle(layout: Layout, routing: str) -> N
         assert torch.equal(got.tokens, want.rank_tokens)
         assert torch.equal(got.topk_idx.int(), want.topk_idx) and torch.equal(got.topk_weights, want.topk_weights)
         assert torch.equal(got.rows_per_expert.int(), want.rows_per_expert)
-        if layout == "rank":
-            outputs.append(expert_output(torch.cat(bases)[got.tokens], rank))
-            continue
-        assert torch.equal(got.expert_tokens, want.row_tokens[want.row_tokens >= 0])
-        rows = expert_output(torch.cat(bases)[got.expert_tokens], got.experts)
-        outputs.append(rows if layout == "expert" else plain.pad(rows, got, capacity).flatten(0, 1))
+        if layout != "rank":
+            assert torch.equal(got.expert_tokens, want.row_tokens[want.row_tokens >= 0])
+        room = torch.zeros(capacity * cell.num_local_experts, cell.hidden, dtype=torch.bfloat16)
+        written = plain.write_expert_output(cell, got, bases, rank, room, capacity).flatten(0, -2)
+        assert torch.equal((written != 0).any(dim=1), want.row_tokens >= 0)
+        who = rank if layout == "rank" else got.experts
+        rows = expert_output(torch.cat(bases)[want.row_tokens[want.row_tokens >= 0]], who)
+        assert torch.equal(written[want.row_tokens >= 0].view(torch.int16), rows.view(torch.int16))
+        outputs.append(written)
     sources = reference.token_sources(routed.topk_idx)
     sums = reference.combine(setting, expected, sources, outputs, weighted=layout != "rank")
     for rank, want_sum in enumerate(sums):
@@ -249,14 +252,13 @@ def test_plain_computation_agrees_with_oracle(layout: Layout, routing: str) -> N
 
 def test_wrong_rows_are_named() -> None:
     source = torch.arange(40.0).view(10, 4)
-    tokens = torch.tensor([7, 2, 2, 9])
-    plain.require_rows("rows", source[tokens], source, tokens)
-    with pytest.raises(ValueError, match="rows: 3 rows; the plain computation gives 4"):
-        plain.require_rows("rows", source[tokens][:3], source, tokens)
-    wrong = source[tokens]
-    wrong[2, 3] += 1
-    with pytest.raises(ValueError, match="rows: row 2 is not that of token 2"):
-        plain.require_rows("rows", wrong, source, tokens)
+    parts, tokens, places = [source[:5], source[5:]], torch.tensor([7, 2, 2, 9]), torch.tensor([3, 0, 1, 2])
+    rows = torch.empty(4, 4)
+    rows[places] = source[tokens]
+    plain.require_rows("rows", rows, places, parts, tokens)
+    rows[1, 3] += 1
+    with pytest.raises(ValueError, match="rows: row 1 is not that of token 2"):
+        plain.require_rows("rows", rows, places, parts, tokens)
     minus_zero = torch.zeros(1, 4).neg()
     with pytest.raises(ValueError, match="combined rows: row 0"):
         plain.require_combined(minus_zero, torch.zeros(1, 4), exact=True)
@@ -352,9 +354,9 @@ def dispatch_by_gloo(group: dist.ProcessGroup, cell: Cell, capacity: int) -> dic
     contender.load(work.input(0, rank), routed.topk_idx[rank], routed.topk_weights[rank])
     contender.dispatch()
     got = contender.delivered()
-    received = plain.received_rows(cell, routed, rank)
+    places = plain.row_places(cell, plain.received_rows(cell, routed, rank), capacity)
     return {
-        "rows": plain.valid_rows(received, got.rows) if cell.layout == "padded" else got.rows,
+        "rows": got.rows.flatten(0, -2)[places],
         "topk_idx": got.topk_idx,
         "topk_weights": got.topk_weights,
     }

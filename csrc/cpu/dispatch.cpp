@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/copy.hpp"
 #include "cpu/credit.hpp"
 #include "cpu/row_math.hpp"
 #include "cpu/streams.hpp"
@@ -31,7 +32,8 @@ Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_p
       cached_(cached),
       slot_use_(slot_use),
       stream_row_(StreamRow::dispatch(shape_, args.format, cached)),
-      slot_(transport, args.slot, args.format) {}
+      slot_(transport, args.slot, args.format,
+            int64_t{args.num_tokens} * args.format.payload_bytes > kStreamingInputBytes) {}
 
 void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
   d0_credit(turn);

@@ -50,7 +50,6 @@ void Lane::run() {
     lock.unlock();
     std::exception_ptr error;
     try {
-      transport_.throw_if_aborted();
       if (job.new_epoch) ++turn_.epoch;
       job.work(turn_);
     } catch (...) {

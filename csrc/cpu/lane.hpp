@@ -30,7 +30,7 @@ class Event {
 
 class Lane {
  public:
-  Lane(Transport& transport, int idx) : transport_(transport), turn_{idx, 0}, thread_([this] { run(); }) {}
+  explicit Lane(int idx) : turn_{idx, 0}, thread_([this] { run(); }) {}
   ~Lane();  // after everything enqueued has run
 
   // Begins a new epoch and runs `work` in it. The event carries what it throws.
@@ -48,7 +48,6 @@ class Lane {
   std::shared_ptr<Event> enqueue(std::function<void(const Turn&)> work, bool new_epoch);
   void run();
 
-  Transport& transport_;
   Turn turn_;
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -8,7 +8,7 @@ Rank::Rank(const Shape& shape, int rank, std::vector<std::shared_ptr<Window>> wi
            std::optional<uint64_t> network_seed)
     : transport_(shape, rank, std::move(windows), timeout_s, network_seed),
       slot_uses_(static_cast<size_t>(shape.num_slots), 0) {
-  for (int idx = 0; idx < shape.num_lanes; ++idx) lanes_.push_back(std::make_unique<Lane>(transport_, idx));
+  for (int idx = 0; idx < shape.num_lanes; ++idx) lanes_.push_back(std::make_unique<Lane>(idx));
 }
 
 std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& args, std::shared_ptr<Handle> cached) {
@@ -19,8 +19,9 @@ std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& a
   call->handle = cached != nullptr ? cached : std::make_shared<Handle>();
   call->dispatch =
       std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, ++slot_uses_[args.slot]);
-  call->sent = lane(lane_idx).begin([dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
+  call->sent = lane(lane_idx).begin([this, dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
     try {
+      transport_.throw_if_aborted();
       dispatch->send(turn, [&] { counts->set(); });
     } catch (...) {
       counts->set(std::current_exception());
@@ -45,7 +46,10 @@ std::shared_ptr<CombineCall> Rank::combine(int lane_idx, const CombineArgs& args
   auto call = std::make_shared<CombineCall>();
   call->lane = lane_idx;
   call->combine = std::make_shared<Combine>(transport_, args, std::move(handle));
-  call->sent = lane(lane_idx).begin([combine = call->combine](const Turn& turn) { combine->send(turn); });
+  call->sent = lane(lane_idx).begin([this, combine = call->combine](const Turn& turn) {
+    transport_.throw_if_aborted();
+    combine->send(turn);
+  });
   return call;
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/copy.hpp"
+
 namespace deep_a2a::cpu {
 namespace {
 
@@ -22,8 +24,8 @@ void for_groups(const Handle& handle, bool padding, Use&& use) {
 
 }  // namespace
 
-Slot::Slot(Transport& transport, int slot, const RowFormat& format)
-    : transport_(transport), shape_(transport.shape()), format_(format) {
+Slot::Slot(Transport& transport, int slot, const RowFormat& format, bool streaming)
+    : transport_(transport), shape_(transport.shape()), format_(format), streaming_(streaming) {
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
     const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, slot); };
     views_.push_back({at(Region::kRecvRows), at(Region::kRecvScales),
@@ -46,7 +48,12 @@ void Slot::place(const RouteEntry* entries, const Row& row, bool with_routing) {
     int64_t bytes = 0;
     if (first || !row_per_rank) {
       const int64_t at = row_per_rank ? entries[slot].rank_row : entries[slot].expert_row;
-      std::memcpy(to.rows + at * format_.payload_bytes, row.payload, static_cast<size_t>(format_.payload_bytes));
+      char* payload = to.rows + at * format_.payload_bytes;
+      if (streaming_) {
+        copy_streaming(payload, row.payload, format_.payload_bytes);
+      } else {
+        std::memcpy(payload, row.payload, static_cast<size_t>(format_.payload_bytes));
+      }
       if (row.scales != nullptr) {
         std::memcpy(to.scales + at * format_.scale_pitch(), row.scales, static_cast<size_t>(format_.scale_bytes));
       }

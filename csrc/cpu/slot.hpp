@@ -18,7 +18,8 @@ struct Row {
 
 class Slot {
  public:
-  Slot(Transport& transport, int slot, const RowFormat& format);
+  // `streaming`: rows are stored past the caches.
+  Slot(Transport& transport, int slot, const RowFormat& format, bool streaming);
 
   // Stores a row to all its final rows on this node: once per destination rank, or once per expert. `with_routing` also
   // stores its entries to its rank rows. Entries of other nodes are passed over.
@@ -45,6 +46,7 @@ class Slot {
   Transport& transport_;
   const Shape& shape_;
   const RowFormat format_;
+  const bool streaming_;
   std::vector<View> views_;  // by local rank
 };
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "common/check.hpp"
+#include "cpu/copy.hpp"
 #include "cpu/errors.hpp"
 
 namespace deep_a2a::cpu {
@@ -46,6 +47,7 @@ Transport::Transport(const Shape& shape, int rank, std::vector<std::shared_ptr<W
 }
 
 void Transport::signal(int rank, int lane, uint64_t* word, uint64_t value) {
+  streaming_fence();
   store_release(word, value);
   doorbell(rank, lane)->ring();
 }

@@ -18,7 +18,7 @@ from deep_a2a.benchmark.clock import Gate
 from deep_a2a.benchmark.contenders import BufferContender, Contender, GlooContender
 from deep_a2a.benchmark.record import Record, WireBytes
 from deep_a2a.benchmark.traffic import Traffic, combine_traffic, dispatch_traffic
-from deep_a2a.benchmark.workload import Payload, Workload, expert_output
+from deep_a2a.benchmark.workload import Payload, Workload
 
 _CAPACITY_STEP = 16
 _MAX_LATE_STARTS = 10
@@ -46,6 +46,12 @@ class CellRun:
         self._num_rows = max(self._largest(max(received.experts.shape[0] for received in self._received)), 1)
         most = self._largest(max(int(received.rows_per_expert.max()) for received in self._received))
         self._capacity = max(-(-most // _CAPACITY_STEP), 1) * _CAPACITY_STEP
+        num_rows = {
+            "rank": cell.num_ranks * cell.num_tokens,
+            "expert": self._num_rows,
+            "padded": cell.num_local_experts * self._capacity,
+        }[cell.layout]
+        self._y = torch.zeros(num_rows, cell.hidden, dtype=torch.bfloat16)
         self._gate = Gate(group)
         self._times: dict[tuple[str, str], list[float]] = defaultdict(list)
 
@@ -92,7 +98,7 @@ class CellRun:
             contender.load(x, *topk)
             self._time(name, "dispatch", contender.dispatch, undo=contender.finish)
             if expected is not None:
-                plain.require_delivered(cell, received, expected[0], contender.delivered())
+                plain.require_delivered(cell, received, expected[0], contender.delivered(), self._capacity)
             contender.load_expert_output(y)
             self._time(name, "combine", contender.combine)
             if expected is not None:
@@ -101,23 +107,18 @@ class CellRun:
             contender.finish()
 
     def _expert_rows(self, iteration: int) -> torch.Tensor:
-        """Expert outputs for this rank's rows, in the shape of its layout, bf16."""
-        cell, received = self._cell, self._received[iteration]
-        base = torch.cat([self._workload.expert_base(iteration, source) for source in range(cell.num_ranks)])
-        if cell.layout == "rank":
-            return expert_output(base[received.tokens], self._rank)
-        rows = expert_output(base[received.expert_tokens], received.experts)
-        return rows if cell.layout == "expert" else plain.pad(rows, received, self._capacity)
+        """Expert outputs for this rank's rows, in the shape of its layout; overwrites those of the iteration before."""
+        bases = (self._workload.expert_base(iteration, source) for source in range(self._cell.num_ranks))
+        received = self._received[iteration]
+        return plain.write_expert_output(self._cell, received, bases, self._rank, self._y, self._capacity)
 
-    def _expected(self, iteration: int) -> tuple[Payload, torch.Tensor]:
-        """Payloads of all tokens, and what combine gives this rank."""
+    def _expected(self, iteration: int) -> tuple[list[Payload], torch.Tensor]:
+        """Payloads of all sources, and what combine gives this rank."""
         cell, routing = self._cell, self._routings[iteration]
         payloads = [self._workload.delivered(iteration, source) for source in range(cell.num_ranks)]
-        scales = [each for _, each in payloads if each is not None]
-        payload = torch.cat([rows.view(torch.uint8) for rows, _ in payloads]), torch.cat(scales) if scales else None
         base = self._workload.expert_base(iteration, self._rank)
         topk = routing.topk_idx[self._rank], routing.topk_weights[self._rank]
-        return payload, plain.combined(cell, *topk, base, self._rank)
+        return payloads, plain.combined(cell, *topk, base, self._rank)
 
     def _time(
         self, name: str, op: str, operation: Callable[[], object], undo: Callable[[], None] | None = None

@@ -5,6 +5,7 @@ It knows the documented order of rows and the documented order of sums, and noth
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,34 +71,46 @@ def received_rows(cell: Cell, routing: Routing, rank: int) -> ReceivedRows:
     )
 
 
-def require_rows(what: str, rows: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Raises ValueError unless `rows[i]` is `source[tokens[i]]`, bit by bit. rows: [n, ...], source: [tokens, ...]."""
-    if rows.shape[0] != tokens.shape[0]:
-        raise ValueError(f"{what}: {rows.shape[0]} rows; the plain computation gives {tokens.shape[0]}")
-    got, expected = _as_words(rows), _as_words(source)
-    for start in range(0, tokens.shape[0], _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
-        if not torch.equal(got[chunk], expected[tokens[chunk]]):
-            wrong = (got[chunk] != expected[tokens[chunk]]).flatten(1).any(dim=1).nonzero().flatten() + start
-            first = int(wrong[0])
-            raise ValueError(f"{what}: row {first} is not that of token {int(tokens[first])}")
+def require_rows(
+    what: str, rows: torch.Tensor, places: torch.Tensor, source: Sequence[torch.Tensor], tokens: torch.Tensor
+) -> None:
+    """Raises ValueError unless row `places[i]` of `rows` is that of token `tokens[i]`, bit by bit.
+
+    rows: [n, ...]; source: [num_tokens, ...] of each rank, indexed by the tokens' ids.
+    """
+    got = _as_words(rows)
+    for first_token, part in _parts(source):
+        expected = _as_words(part)
+        here = ((tokens >= first_token) & (tokens < first_token + part.shape[0])).nonzero().flatten()
+        for chunk in torch.split(here, _CHUNK_ROWS):
+            differ = got[places[chunk]] != expected[tokens[chunk] - first_token]
+            if differ.any():
+                wrong = chunk[differ.any(dim=1)][0]
+                raise ValueError(f"{what}: row {int(places[wrong])} is not that of token {int(tokens[wrong])}")
 
 
-def require_delivered(cell: Cell, received: ReceivedRows, payload: Payload, delivered: Delivered) -> None:
-    """Raises ValueError unless a dispatch delivered what it should. payload: of all tokens, by id."""
+def require_delivered(
+    cell: Cell, received: ReceivedRows, payloads: Sequence[Payload], delivered: Delivered, capacity: int
+) -> None:
+    """Raises ValueError unless a dispatch delivered what it should. payloads: by source; capacity: of layout padded."""
     tokens = received.tokens if cell.layout == "rank" else received.expert_tokens
-    rows, scales = delivered.rows, delivered.scales
-    if cell.layout == "padded":
-        rows = valid_rows(received, rows)
-        scales = None if scales is None else valid_rows(received, scales)
-    require_rows("dispatched rows", rows, payload[0], tokens)
-    if (scales is None) != (payload[1] is None):
+    places = row_places(cell, received, capacity)
+    num_rows = cell.num_local_experts * capacity if cell.layout == "padded" else tokens.shape[0]
+    rows, scales = delivered.rows.flatten(0, -2), delivered.scales
+    if rows.shape[0] != num_rows or delivered.topk_idx.shape[0] != received.tokens.shape[0]:
+        raise ValueError(
+            f"dispatch delivered {rows.shape[0]} rows of {delivered.topk_idx.shape[0]} tokens; "
+            f"the plain computation gives {num_rows} of {received.tokens.shape[0]}"
+        )
+    require_rows("dispatched rows", rows, places, [each for each, _ in payloads], tokens)
+    expected_scales = [each for _, each in payloads if each is not None]
+    if (scales is None) != (not expected_scales):
         raise ValueError(f"scales are {'missing' if scales is None else 'there'}, contrary to dtype {cell.dtype}")
-    if scales is not None and payload[1] is not None:
-        require_rows("dispatched scales", scales, payload[1], tokens)
+    if scales is not None:
+        require_rows("dispatched scales", scales.flatten(0, -2), places, expected_scales, tokens)
     in_order = torch.arange(received.tokens.shape[0])
-    require_rows("expert ids", delivered.topk_idx.to(torch.int64), received.topk_idx, in_order)
-    require_rows("top-k weights", delivered.topk_weights, received.topk_weights, in_order)
+    require_rows("expert ids", delivered.topk_idx.to(torch.int64), in_order, [received.topk_idx], in_order)
+    require_rows("top-k weights", delivered.topk_weights, in_order, [received.topk_weights], in_order)
 
 
 def require_combined(got: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
@@ -105,22 +118,41 @@ def require_combined(got: torch.Tensor, expected: torch.Tensor, exact: bool) -> 
     if got.shape != expected.shape:
         raise ValueError(f"combined rows have shape {tuple(got.shape)}; expected {tuple(expected.shape)}")
     if exact:
-        require_rows("combined rows", got, expected, torch.arange(expected.shape[0]))
+        in_order = torch.arange(expected.shape[0])
+        require_rows("combined rows", got, in_order, [expected], in_order)
     else:
         torch.testing.assert_close(got.float(), expected.float(), rtol=2**-6, atol=2**-4)
 
 
-def valid_rows(received: ReceivedRows, padded: torch.Tensor) -> torch.Tensor:
-    """[num_local_experts, capacity, ...] to [expert rows, ...]: each expert's valid prefix."""
-    return torch.cat([padded[expert, :count] for expert, count in enumerate(received.rows_per_expert.tolist())])
+def row_places(cell: Cell, received: ReceivedRows, capacity: int) -> torch.Tensor:
+    """int64: where each row of the layout lies in the (flattened) result: in order, but padded by expert."""
+    if cell.layout == "rank":
+        return torch.arange(received.tokens.shape[0])
+    places = torch.arange(received.experts.shape[0])
+    if cell.layout == "expert":
+        return places
+    first = received.rows_per_expert.cumsum(0) - received.rows_per_expert
+    local = received.experts % cell.num_local_experts
+    return places - first[local] + local * capacity
 
 
-def pad(rows: torch.Tensor, received: ReceivedRows, capacity: int) -> torch.Tensor:
-    """The inverse of `valid_rows`; the rest is zero."""
-    padded = rows.new_zeros(received.rows_per_expert.shape[0], capacity, *rows.shape[1:])
-    for expert, part in enumerate(torch.split(rows, received.rows_per_expert.tolist())):
-        padded[expert, : part.shape[0]] = part
-    return padded
+def write_expert_output(
+    cell: Cell, received: ReceivedRows, bases: Iterable[torch.Tensor], rank: int, y: torch.Tensor, capacity: int
+) -> torch.Tensor:
+    """What the rank's experts make of the received rows: written into `y`, and returned in the shape of the layout.
+
+    bases: `Workload.expert_base` by source; y: bf16 [n, hidden] with room for the rows.
+    """
+    tokens = received.tokens if cell.layout == "rank" else received.expert_tokens
+    who = torch.full_like(tokens, rank) if cell.layout == "rank" else received.experts
+    places = row_places(cell, received, capacity)
+    for first_token, base in _parts(bases):
+        here = ((tokens >= first_token) & (tokens < first_token + base.shape[0])).nonzero().flatten()
+        for chunk in torch.split(here, _CHUNK_ROWS):
+            y[places[chunk]] = expert_output(base[tokens[chunk] - first_token], who[chunk])
+    if cell.layout == "padded":
+        return y[: cell.num_local_experts * capacity].view(cell.num_local_experts, capacity, cell.hidden)
+    return y[: tokens.shape[0]]
 
 
 def combined(
@@ -167,8 +199,15 @@ def _weighted(base: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) 
     return acc.bfloat16()
 
 
+def _parts(source: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each rank's rows, with the id of its first token: piece by piece, so that they stay in the cache."""
+    first_token = 0
+    for part in source:
+        yield first_token, part
+        first_token += part.shape[0]
+
+
 def _as_words(rows: torch.Tensor) -> torch.Tensor:
     """The same bytes as integers, which compare bit by bit (and faster): int64 where a row's bytes allow it."""
-    flat = rows.reshape(rows.shape[0], -1) if rows.shape[0] else rows.new_empty(0, rows[0:0].flatten(1).shape[1])
-    flat = flat.contiguous().view(torch.uint8)
+    flat = rows.contiguous().view(torch.uint8)
     return flat.view(torch.int64) if flat.shape[1] % 8 == 0 else flat
