@@ -3,6 +3,14 @@
 `Buffer` is where to start. `routing` holds the gate, `quant` the FP8 casts, `moe` a layer built of all of them.
 """
 
+try:
+    from deep_a2a import _cpu as _cpu
+except ImportError as error:
+    raise ImportError(
+        f"deep_a2a was imported from {__path__[0]}, which holds no native module that fits this Python. Run "
+        "'pip install .', then start Python outside of the source folder; or 'pip install --editable .'"
+    ) from error
+
 from deep_a2a.buffer import Buffer
 from deep_a2a.memory import MemoryTable
 from deep_a2a.pending import PendingCombine, PendingDispatch

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from generators import TOPOLOGIES
 
 import deep_a2a
 
@@ -23,8 +22,14 @@ BUFFERS: dict[str, dict[str, Any]] = {
 }
 
 
+def sizes(topology: str) -> tuple[int, int]:
+    """Nodes and ranks per node of, say, "2x4"."""
+    num_nodes, ranks_per_node = topology.split("x")
+    return int(num_nodes), int(ranks_per_node)
+
+
 def make_buffer(group: dist.ProcessGroup, topology: str, layout: str) -> deep_a2a.Buffer:
-    num_nodes, ranks_per_node = TOPOLOGIES[topology]
+    num_nodes, ranks_per_node = sizes(topology)
     return deep_a2a.Buffer(
         group,
         hidden=HIDDEN,
@@ -47,5 +52,5 @@ def poison(buffer: deep_a2a.Buffer) -> None:
 
 
 def num_ranks(topology: str) -> int:
-    num_nodes, ranks_per_node = TOPOLOGIES[topology]
+    num_nodes, ranks_per_node = sizes(topology)
     return num_nodes * ranks_per_node

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from generators import TOPOLOGIES
-from moe_buffers import BUFFERS, HIDDEN, LOCAL_EXPERTS, NUM_TOPK, TOKENS, make_buffer, num_ranks, poison
+from moe_buffers import BUFFERS, HIDDEN, LOCAL_EXPERTS, NUM_TOPK, TOKENS, make_buffer, num_ranks, poison, sizes
 from pool import Pool
 from torch import Tensor, nn
 
@@ -78,7 +77,7 @@ def layer_inputs(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def layer_router(topology: str) -> Router:
-    num_nodes, ranks_per_node = TOPOLOGIES[topology]
+    num_nodes, ranks_per_node = sizes(topology)
     num_experts = num_nodes * ranks_per_node * LOCAL_EXPERTS
     return Router(num_experts, NUM_TOPK, num_groups=num_nodes, topk_groups=max(1, num_nodes // 2))
 

@@ -25,7 +25,7 @@ def test_any_case(pools: Callable[[int], Pool], case: Case) -> None:
 
 def random_buffer(seed: int) -> Case:
     numbers = random.Random(seed)
-    topology = TOPOLOGIES[seed % len(TOPOLOGIES)]
+    topology = list(TOPOLOGIES)[seed % len(TOPOLOGIES)]
     local_experts = numbers.randint(1, 5)
     case = Case(
         topology=topology,
