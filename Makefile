@@ -24,7 +24,7 @@ for_bench := $(or $(wildcard $(dev_stamp)),$(wildcard $(test_stamp)),$(bench_sta
 # Recipes find the environment's programs first.
 export PATH := $(abspath $(venv))/bin:$(PATH)
 
-.PHONY: help demo bench test check format tsan asan clean
+.PHONY: help demo bench test check format tsan asan mutants clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z ]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
@@ -59,6 +59,9 @@ tsan asan: $(cmake_stamp)
 	cmake -S . -B build/$@ -G Ninja -DDEEP_A2A_PYTHON=OFF -DDEEP_A2A_TESTS=ON -DDEEP_A2A_CUDA=OFF -DDEEP_A2A_SANITIZE=$(sanitizer)
 	cmake --build build/$@
 	$(launcher) build/$@/protocol_driver $(ARGS)
+
+mutants: $(cmake_stamp) ## show that the C++ driver notices each ordering that is taken out of the protocol
+	python tests/cpp/mutate.py
 
 clean: ## remove everything that was built, except .venv
 	rm -rf build dist train_moe.png *.egg-info deep_a2a/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis $(venv)/.deep-a2a-*

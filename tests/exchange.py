@@ -85,11 +85,16 @@ def dispatch(
     """With `handle` the cached form of it."""
     data = generators.inputs(case, buffer.rank, number)
     x: Any = data.x
+    scales = data.scales
     if case.lent:
         x = buffer.lend_input(len(data.x), data.x.dtype, lane=lane)
         x.copy_(data.x)
-    if data.scales is not None and not case.is_cast:
-        x = (x, data.scales)
+    elif case.strided:
+        x = spread(x)
+    if scales is not None and not case.is_cast:
+        if case.strided:
+            scales = spread(scales)
+        x = (x, scales.view(torch.float8_e8m0fnu) if case.payload.endswith("e8m0fnu") else scales)
     modes: dict[str, Any] = {
         "host_sync": case.host_sync,
         "output": case.output,
@@ -111,6 +116,13 @@ def dispatch(
         result.event.wait()
         assert result.event.done()
     return result
+
+
+def spread(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows in a wider tensor."""
+    wide = torch.zeros(len(rows), rows.shape[1] + 24, dtype=rows.dtype)
+    wide[:, : rows.shape[1]] = rows
+    return wide[:, : rows.shape[1]]
 
 
 def combine(

@@ -24,6 +24,7 @@ PAYLOADS = (
     "bf16",
     "fp8_e4m3:float32",
     "fp8_e4m3:ue8m0",
+    *(["fp8_e4m3:e8m0fnu"] if hasattr(torch, "float8_e8m0fnu") else []),  # the same, as torch's dtype of that name
     "fp8_e5m2:float32",
     "fp8_e5m2:ue8m0",
     "cast fp8_e4m3:float32",
@@ -32,7 +33,18 @@ PAYLOADS = (
     "cast fp8_e5m2:ue8m0",
 )
 # Fields of a case that are simply on or off.
-MODES = ("default_weights", "host_sync", "zero_padding", "lent", "halves", "async_op", "weighted", "side", "cached")
+MODES = (
+    "default_weights",
+    "host_sync",
+    "zero_padding",
+    "lent",
+    "strided",
+    "halves",
+    "async_op",
+    "weighted",
+    "side",
+    "cached",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Case:
     output: str = "leased"
     zero_padding: bool = False
     lent: bool = False
+    strided: bool = False  # input rows lie further apart than they are long
     halves: bool = False
     async_op: bool = False
     weighted: bool = True
@@ -85,7 +98,7 @@ class Case:
 
     @property
     def scale_format(self) -> str:
-        return self.payload.split(":")[-1] if self.fmt != "bf16" else "float32"
+        return "ue8m0" if self.payload.endswith(("ue8m0", "e8m0fnu")) else "float32"
 
     @property
     def is_cast(self) -> bool:
@@ -190,13 +203,15 @@ def route(case: Case, num_tokens: int, numbers: torch.Generator) -> torch.Tensor
 
 
 def rows_to_send(case: Case, num_tokens: int, numbers: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows and, for FP8, scales. Any bits at all, except where dispatch has to compute with them."""
+    """Rows and, for FP8, scales. Any bits at all, where dispatch has not to compute with them."""
     shape = (num_tokens, case.hidden)
-    if case.is_cast:
+    anything = torch.randint(0, 1 << 16, shape, generator=numbers).to(torch.uint16).view(torch.bfloat16)
+    if case.is_cast:  # a row in four has any bits as well, infinities and NaN among them
         magnitude = torch.exp2(torch.randint(-20, 20, (num_tokens, 1), generator=numbers).float())
-        return (torch.randn(shape, generator=numbers) * magnitude).bfloat16(), None
+        special = torch.rand(shape, generator=numbers) < 0.01 * (torch.arange(num_tokens) % 4 == 3)[:, None]
+        return torch.where(special, anything, (torch.randn(shape, generator=numbers) * magnitude).bfloat16()), None
     if case.fmt == "bf16":
-        return torch.randint(0, 1 << 16, shape, generator=numbers).to(torch.uint16).view(torch.bfloat16), None
+        return anything, None
     x = torch.randint(0, 256, shape, generator=numbers).to(torch.uint8).view(reference_math.FP8_DTYPES[case.fmt])
     groups = (num_tokens, -(-case.hidden // reference_math.GROUP_CHANNELS))
     if case.scale_format == "float32":

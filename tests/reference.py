@@ -208,11 +208,11 @@ def side(
 
 
 def wire_rows(setting: Setting, topk_idx: list[torch.Tensor], combining: bool = False) -> tuple[list[int], list[int]]:
-    """Rows that leave each rank: (for another rank of its node, for another node).
+    """Rows that each rank moves: (between itself and other ranks of its node, to other nodes).
 
     Dispatch: a token crosses to each other node that it needs once, to the rank with the source's local index, which
-    then writes the rows of its node; a row that a rank writes for itself crosses nothing. Combine is the way back,
-    always with one row per token and rank.
+    then writes the rows of its node; a row that a rank writes for itself crosses nothing. In combine the same ranks
+    read, always one row per token and rank, and send one row per token back over the network.
     """
     near, far = [0] * setting.num_ranks, [0] * setting.num_ranks
     for source, idx in enumerate(topk_idx):
@@ -223,11 +223,8 @@ def wire_rows(setting: Setting, topk_idx: list[torch.Tensor], combining: bool = 
                 node = owner // setting.ranks_per_node
                 writer = node * setting.ranks_per_node + source % setting.ranks_per_node
                 nodes.add(node)
-                if combining:
-                    near[owner] += owner != writer
-                else:
-                    copies = sum(expert // setting.num_local_experts == owner for expert in chosen)
-                    near[writer] += (owner != writer) * (1 if setting.layout == "rank" else copies)
+                copies = sum(expert // setting.num_local_experts == owner for expert in chosen)
+                near[writer] += (owner != writer) * (1 if combining or setting.layout == "rank" else copies)
             for node in nodes - {source // setting.ranks_per_node}:
                 relay = node * setting.ranks_per_node + source % setting.ranks_per_node
                 far[relay if combining else source] += 1

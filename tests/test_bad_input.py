@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from test_buffer import SMALL, error_of
+from small import SMALL, error_of
 
 import deep_a2a
 
@@ -189,5 +189,5 @@ def use_badly(group: dist.ProcessGroup) -> dict[str, tuple[str, str, list[str]]]
 
 def test_use(pools: Callable[[int], Pool]) -> None:
     for name, (error, text, words) in pools(1).run(use_badly)[0].items():
-        print(name)
-        check_error((error, text), name.split()[0], words)
+        expected, what = name.split(maxsplit=1)
+        check_error((error, f"{what}: {text}"), expected, words)

@@ -18,6 +18,7 @@ from pool import Pool
 
 from deep_a2a import Buffer
 from deep_a2a.benchmark import command, gloo, plain
+from deep_a2a.benchmark.ceiling import CopyCeiling
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.clock import Gate
 from deep_a2a.benchmark.contenders import BufferContender, GlooContender
@@ -263,7 +264,7 @@ def test_wrong_rows_are_named() -> None:
     with pytest.raises(ValueError, match="combined rows: row 0"):
         plain.require_combined(minus_zero, torch.zeros(1, 4), exact=True)
     plain.require_combined(minus_zero, torch.zeros(1, 4), exact=False)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"one of rows 0 to 0 is off by 1\.0"):
         plain.require_combined(minus_zero + 1, torch.zeros(1, 4), exact=False)
 
 
@@ -373,6 +374,28 @@ def test_baseline_agrees_with_oracle(pools: Callable[[int], Pool], layout: Layou
         assert torch.equal(got["rows"], expected.x[expected.row_tokens >= 0])
         assert torch.equal(got["topk_idx"], expected.topk_idx)
         assert torch.equal(got["topk_weights"], expected.topk_weights)
+
+
+def start_too_late(group: dist.ProcessGroup) -> list[bool]:
+    """Whether two measurements were taken, the first of them with no time to agree on its start."""
+    gate = Gate(group, margin_ns=0)
+    return [gate.measure(lambda: None) is not None, Gate(group, margin_ns=10**9).measure(lambda: None) is not None]
+
+
+def test_gate_refuses_a_late_start(pools: Callable[[int], Pool]) -> None:
+    assert pools(4).run(start_too_late) == [[False, True]] * 4
+
+
+def neighbour_memory(group: dist.ProcessGroup) -> tuple[bool, float]:
+    """Whether the window of this rank's neighbour holds what this rank copied, and the speed of a round of 1 ms."""
+    ceiling = CopyCeiling(group, 3_000_000)
+    dist.barrier(group=group)
+    window = torch.frombuffer(ceiling.window, dtype=torch.uint8).view(3, -1)
+    return all(torch.equal(part, ceiling.piece) for part in window), ceiling.gbs(1000.0)
+
+
+def test_ceiling_counts_what_it_copies(pools: Callable[[int], Pool]) -> None:
+    assert pools(4).run(neighbour_memory) == [(True, 3 * 2**20 / 1e6)] * 4
 
 
 def start_together(group: dist.ProcessGroup) -> tuple[int, bool]:

@@ -1,49 +1,22 @@
-"""A buffer's life: attributes, memory, leases, lanes, halves, several buffers, the end."""
+"""A buffer's attributes, its memory, what it moves, and several buffers side by side to their ends."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import exchange
 import generators
 import pytest
-import torch
+import reference
 import torch.distributed as dist
 from exchange import Turn, check_case
 from generators import LAYOUTS, Case
 from pool import Pool
+from small import SMALL
 
 import deep_a2a
-from deep_a2a.errors import LeaseError
-
-SMALL: dict[str, Any] = {
-    "hidden": 16,
-    "num_experts": 16,
-    "num_topk": 2,
-    "num_max_tokens_per_rank": 4,
-    "timeout_s": 30.0,
-}
-
-
-def send_ones(buffer: deep_a2a.Buffer, value: float = 1.0, **modes: Any) -> deep_a2a.DispatchResult:
-    """Two tokens of `value`, to the first expert of this rank and of the next."""
-    local = buffer.num_experts // buffer.num_ranks
-    idx = torch.tensor([[buffer.rank * local, (buffer.rank + 1) % buffer.num_ranks * local]] * 2)
-    return buffer.dispatch(torch.full((2, buffer.hidden), value, dtype=torch.bfloat16), idx, **modes)
-
-
-def error_of(call: Callable[[], Any]) -> tuple[str, str]:
-    """Type and message of what the call raises; ("", "") if it returns."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
-
-
-# ---- attributes and memory -------------------------------------------------------------------------------------
 
 
 def read_attributes(group: dist.ProcessGroup, ranks_per_node: int) -> dict[str, Any]:
@@ -95,154 +68,39 @@ def test_memory_table(layout: str) -> None:
         assert {region.name: region for region in less.regions}["recv_rows"].bytes_each == 100 * 7168 * 2
 
 
-# ---- leases ----------------------------------------------------------------------------------------------------
+# ---- bytes -----------------------------------------------------------------------------------------------------
 
 
-def use_leases(group: dist.ProcessGroup) -> list[tuple[str, str]]:
-    errors = []
-    with deep_a2a.Buffer(group, ranks_per_node=2, num_slots=2, **SMALL) as buffer:
-        first, second = send_ones(buffer, 1.0), send_ones(buffer, 2.0)
-        errors.append(error_of(lambda: send_ones(buffer, 3.0)))
-        errors.append(error_of(lambda: send_ones(buffer, 3.0, output="owned")))
-        assert (first.x == 1).all() and (second.x == 2).all()
-        first.release()
-        third = send_ones(buffer, 3.0)
-        assert (second.x == 2).all() and (third.x == 3).all()
-        errors.append(error_of(lambda: send_ones(buffer, 4.0)))
-        del second  # dropping the result object gives the slot back as well
-        gc.collect()
-        owned = send_ones(buffer, 4.0, output="owned")
-        kept = [send_ones(buffer, value, output="owned") for value in (5.0, 6.0, 7.0)]
-        assert (third.x == 3).all() and (owned.x == 4).all() and [each.x[0, 0].item() for each in kept] == [5, 6, 7]
-        third.release()
-        third.release()  # once is enough, twice is harmless
-        for _ in range(5):
-            send_ones(buffer).release()
-        one = torch.zeros(first.num_rank_rows or 0, buffer.hidden, dtype=torch.bfloat16)
-        buffer.combine(one, first.handle)  # the handle outlives the lease
-    return errors
-
-
-def test_leases(pools: Callable[[int], Pool]) -> None:
-    for errors in pools(8).run(use_leases):
-        assert [name for name, _ in errors] == [LeaseError.__name__] * 3
-        assert all("release" in text and "num_slots" in text for _, text in errors)
-
-
-def keep_views(group: dist.ProcessGroup) -> None:
-    """Views of a destroyed buffer are memory that nobody writes to any more, but memory."""
-    buffer = deep_a2a.Buffer(group, ranks_per_node=2, **SMALL)
-    lent = buffer.lend_input(2)
-    result = send_ones(buffer, 3.0)
-    assert count_mappings("deep_a2a") > 0
-    view = result.x
-    buffer.destroy()
-    del buffer
-    gc.collect()
-    assert (view == 3).all()
-    view += 1
-    lent.fill_(9)
-    assert (result.x == 4).all() and (lent == 9).all()
-    result.release()
-    del result, view, lent
-    gc.collect()
-    assert count_mappings("deep_a2a") == 0
-
-
-def count_mappings(name: str) -> int:
-    with open("/proc/self/maps") as maps:
-        return sum(f"memfd:{name}" in line for line in maps)
-
-
-def test_views_outlive_the_buffer(pools: Callable[[int], Pool]) -> None:
-    pools(8).run(keep_views)
-
-
-# ---- lanes and halves ------------------------------------------------------------------------------------------
-
-
-def use_two_lanes(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
-    """The combine of one micro-batch on lane 1 beside the dispatch of the next on lane 0, both asynchronous."""
-    rank = dist.get_rank(group)
-    turns: list[list[Turn]] = []
-    with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
-        pending = None
-        for case in cases:
-            data = generators.inputs(case, rank)
-            result = buffer.dispatch(data.x, data.topk_idx, data.topk_weights, lane=0, async_op=True)
-            if pending is not None:
-                turns.append(finish(*pending))
-            assert result.event is not None
-            result.event.wait()
-            received = exchange.copy_result(result)
-            rows = generators.expert_output(case, rank, received.length)
-            combined = buffer.combine(rows.view(result.x.shape), result.handle, lane=1, async_op=True)
-            pending = (received, combined, result, rows)
-        assert pending is not None
-        turns.append(finish(*pending))
-    return turns
-
-
-def finish(
-    received: exchange.Received, combined: deep_a2a.CombineResult, result: deep_a2a.DispatchResult, rows: torch.Tensor
-) -> list[Turn]:
-    assert combined.event is not None
-    combined.event.wait()
-    result.release()
-    return [Turn(received, combined.x, None)]
+def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
+    """What a dispatch, a cached dispatch and a combine add to `wire_bytes`."""
+    with deep_a2a.Buffer(group, **case.buffer_arguments()) as buffer:
+        counts = [buffer.wire_bytes]
+        result = exchange.dispatch(buffer, case)
+        counts.append(buffer.wire_bytes)
+        exchange.dispatch(buffer, case, 1, result.handle).release()
+        counts.append(buffer.wire_bytes)
+        exchange.combine(buffer, case, 0, result)
+        counts.append(buffer.wire_bytes)
+    return [{link: after[link] - before[link] for link in after} for before, after in pairwise(counts)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("network_seed", [None, 3])
-def test_two_lanes_at_once(pools: Callable[[int], Pool], layout: str, network_seed: int | None) -> None:
-    cases = [Case(layout=layout, seed=seed, num_lanes=2, network_seed=network_seed) for seed in range(8)]
-    for case, *by_rank in zip(cases, *pools(8).run(use_two_lanes, cases), strict=True):
-        check_case(case, by_rank)
+@pytest.mark.parametrize("topology", ["1x8", "2x4", "8x1"])
+@pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
+def test_wire_bytes(pools: Callable[[int], Pool], layout: str, topology: str, payload: str) -> None:
+    """Rows cross as often as they have to, the network once per token and node. The first time routing comes along."""
+    case = Case(topology, layout, hidden=2048, payload=payload, routing="sparse")
+    topk_idx = [generators.inputs(case, rank).topk_idx for rank in range(8)]
+    row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
+    sent = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx), strict=True))
+    back = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx, combining=True), strict=True))
+    for rank, (first, cached, combined) in enumerate(pools(8).run(count_bytes, case)):
+        assert cached == {link: rows[rank] * row_bytes for link, rows in sent.items()}
+        assert combined == {link: rows[rank] * 2 * 2048 for link, rows in back.items()}
+        assert all(first[link] >= cached[link] for link in cached)
 
 
-def use_halves(group: dist.ProcessGroup, cases: list[Case], async_op: bool) -> list[list[Turn]]:
-    """Sends on both lanes before the first receive, which is of the other lane; on odd ranks not, if asynchronous.
-
-    A receive half relays rows for others: ranks that block in receives of different lanes would wait for each other.
-    """
-    rank = dist.get_rank(group)
-    data = [generators.inputs(case, rank) for case in cases]
-    order = [0, 1] if async_op and rank % 2 else [1, 0]
-    with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
-        sent = [
-            buffer.dispatch_send(each.x, each.topk_idx, each.topk_weights, lane=lane, async_op=async_op)
-            for lane, each in enumerate(data)
-        ]
-        results = {lane: sent[lane].recv() for lane in order}
-        wait_for(results)
-        received = [exchange.copy_result(results[lane]) for lane in range(2)]
-        rows = [
-            generators.expert_output(case, rank, each.length).view(results[lane].x.shape)
-            for lane, (case, each) in enumerate(zip(cases, received, strict=True))
-        ]
-        pending = [
-            buffer.combine_send(rows[lane], results[lane].handle, lane=lane, async_op=async_op) for lane in range(2)
-        ]
-        combined = {lane: pending[lane].recv() for lane in order}
-        wait_for(combined)
-        return [[Turn(received[lane], combined[lane].x, None)] for lane in range(2)]
-
-
-def wait_for(results: Mapping[int, deep_a2a.DispatchResult | deep_a2a.CombineResult]) -> None:
-    for result in results.values():
-        if result.event is not None:
-            result.event.wait()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("async_op", [False, True])
-def test_halves_of_two_lanes(pools: Callable[[int], Pool], layout: str, async_op: bool) -> None:
-    cases = [Case(layout=layout, seed=seed, num_lanes=2, network_seed=4) for seed in range(2)]
-    for case, *by_rank in zip(cases, *pools(8).run(use_halves, cases, async_op), strict=True):
-        check_case(case, by_rank)
-
-
-# ---- several buffers, the end ----------------------------------------------------------------------------------
+# ---- several buffers -------------------------------------------------------------------------------------------
 
 
 def use_buffers(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:

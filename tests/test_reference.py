@@ -214,6 +214,6 @@ def test_wire_rows() -> None:
     ]
     setting = Setting(4, 2, 8, 3, "rank")
     assert reference.wire_rows(setting, topk_idx) == ([1, 1, 1, 0], [1, 1, 0, 0])
-    assert reference.wire_rows(setting, topk_idx, combining=True) == ([1, 1, 0, 1], [0, 0, 1, 1])
+    assert reference.wire_rows(setting, topk_idx, combining=True) == ([1, 1, 1, 0], [0, 0, 1, 1])
     by_expert = Setting(4, 2, 8, 3, "expert")
     assert reference.wire_rows(by_expert, [topk_idx[3], *topk_idx[1:]]) == ([0, 1, 2, 0], [1, 1, 0, 0])

@@ -1,7 +1,8 @@
-"""What the link of the cpu backend carries: all ranks copy from their own window into a neighbour's at once.
+"""What the link of the cpu backend carries: all ranks store into a neighbour's window at once, as fast as libc can.
 
 A window is anonymous shared memory, as in the backend. The neighbours reach it through /proc, so that ranks need no
-common ancestor (torchrun). The copy is libc's memmove of whole rows' worth of memory, all pages touched before.
+common ancestor (torchrun). The source is small enough to stay in the cache: a dispatched row is read once and stored
+several times, so a copy from memory to memory would be less than the link carries.
 """
 
 from __future__ import annotations
@@ -13,40 +14,34 @@ import os
 import torch
 import torch.distributed as dist
 
-_PIECE_BYTES = 64 * 1024  # as an engine would copy: pieces of a few rows, not one call over everything
+_PIECE_BYTES = 1 << 20
 
 
 class CopyCeiling:
-    """Bytes a second that each rank can copy to a peer while all ranks do the same. Collective."""
+    """Bytes a second that each rank can store in a peer's window while all ranks do the same. Collective."""
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         """num_bytes: what each rank copies, at least; use about as much as the measured operation moves."""
-        pieces = max(num_bytes // _PIECE_BYTES, 16)
-        self.num_bytes = pieces * _PIECE_BYTES
+        self._num_pieces = max(-(-num_bytes // _PIECE_BYTES), 1)
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         fd = os.memfd_create("deep_a2a_ceiling")
-        os.ftruncate(fd, 2 * self.num_bytes)
+        os.ftruncate(fd, self._num_pieces * _PIECE_BYTES)
         names: list[str] = [""] * num_ranks
         dist.all_gather_object(names, f"/proc/{os.getpid()}/fd/{fd}", group=group)
-        self._own = mmap.mmap(fd, 2 * self.num_bytes)
         peer_fd = os.open(names[(rank + 1) % num_ranks], os.O_RDWR)
-        self._peer = mmap.mmap(peer_fd, 2 * self.num_bytes)
+        self.window = mmap.mmap(peer_fd, self._num_pieces * _PIECE_BYTES)
         os.close(peer_fd)
-        torch.frombuffer(self._own, dtype=torch.uint8).random_(0, 256)
-        dist.barrier(group=group)
+        dist.barrier(group=group)  # before this descriptor goes, the neighbour must have opened its own
         os.close(fd)
-        self._source, self._target = _address(self._own), _address(self._peer) + self.num_bytes
-        self.copy()
+        self.piece = torch.randint(256, (_PIECE_BYTES,), dtype=torch.uint8)
+        self.copy()  # touches all pages
 
     def copy(self) -> None:
-        """One round: the lower half of the own window to the upper half of the next rank's."""
-        for offset in range(0, self.num_bytes, _PIECE_BYTES):
-            ctypes.memmove(self._target + offset, self._source + offset, _PIECE_BYTES)
+        """One round: fills the next rank's window."""
+        target, source = ctypes.addressof(ctypes.c_char.from_buffer(self.window)), self.piece.data_ptr()
+        for piece in range(self._num_pieces):
+            ctypes.memmove(target + piece * _PIECE_BYTES, source, _PIECE_BYTES)
 
     def gbs(self, microseconds: float) -> float:
         """1e9 bytes a second per rank, for a round that took this long."""
-        return self.num_bytes / microseconds / 1e3
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return self._num_pieces * _PIECE_BYTES / microseconds / 1e3

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-_FIRST_MARGIN_NS = 20_000_000
+_LEAST_MARGIN_NS = 20_000_000
 _LARGEST_MARGIN_NS = 500_000_000
 _SETTLE_NS = 1_000_000  # gloo's own threads go to sleep after the agreement
 
@@ -21,9 +21,9 @@ _SETTLE_NS = 1_000_000  # gloo's own threads go to sleep after the agreement
 class Gate:
     """Releases the ranks of a group together and measures what they then do. Collective."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._margin_ns = _FIRST_MARGIN_NS
+    def __init__(self, group: dist.ProcessGroup, margin_ns: int = _LEAST_MARGIN_NS) -> None:
+        """margin_ns: how far ahead of the agreement the start lies at first."""
+        self._group, self._margin_ns = group, margin_ns
 
     def measure(self, operation: Callable[[], object]) -> float | None:
         """Microseconds from the common release until the last rank has finished `operation`.
@@ -40,8 +40,9 @@ class Gate:
         operation()
         end_ns, latest_ns = self._largest(time.monotonic_ns(), late_ns)
         if latest_ns > 0:
-            self._margin_ns = min(2 * self._margin_ns, _LARGEST_MARGIN_NS)
+            self._margin_ns = min(max(2 * self._margin_ns, _LEAST_MARGIN_NS), _LARGEST_MARGIN_NS)
             return None
+        self._margin_ns = max(self._margin_ns * 3 // 4, _LEAST_MARGIN_NS)
         return (end_ns - start_ns) * 1e-3
 
     def _largest(self, *values: int) -> list[int]:

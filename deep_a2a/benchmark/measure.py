@@ -97,13 +97,14 @@ class CellRun:
         for name, contender in contenders:
             contender.load(x, *topk)
             self._time(name, "dispatch", contender.dispatch, undo=contender.finish)
-            if expected is not None:
-                plain.require_delivered(cell, received, expected[0], contender.delivered(), self._capacity)
+            # The baseline is checked once. It adds in another order: a wrong row makes more of a difference than that.
+            check = expected if name == "subject" or iteration == 0 else None
+            if check is not None:
+                plain.require_delivered(cell, received, check[0], contender.delivered(), self._capacity)
             contender.load_expert_output(y)
             self._time(name, "combine", contender.combine)
-            if expected is not None:
-                # The baseline adds in another order. A wrong or missing row makes more of a difference than that.
-                plain.require_combined(contender.combined(), expected[1], exact=name == "subject")
+            if check is not None:
+                plain.require_combined(contender.combined(), check[1], exact=name == "subject")
             contender.finish()
 
     def _expert_rows(self, iteration: int) -> torch.Tensor:

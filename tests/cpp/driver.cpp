@@ -45,7 +45,9 @@ Batch random_batch(const Shape& shape, std::mt19937& random) {
   Batch batch;
   std::vector<int32_t> experts(static_cast<size_t>(shape.num_experts));
   for (int expert = 0; expert < shape.num_experts; ++expert) experts[expert] = expert;
+  const bool stay_home = random() % 3 == 0;  // nothing but credits goes between nodes then
   for (int rank = 0; rank < shape.topology.num_ranks; ++rank) {
+    const int node = shape.topology.node_of(rank);
     const int tokens = random() % 5 == 0 ? 0 : static_cast<int>(random() % static_cast<unsigned>(shape.max_tokens + 1));
     batch.num_tokens.push_back(tokens);
     batch.topk_idx.emplace_back();
@@ -53,7 +55,8 @@ Batch random_batch(const Shape& shape, std::mt19937& random) {
     for (int token = 0; token < tokens; ++token) {
       std::shuffle(experts.begin(), experts.end(), random);
       for (int slot = 0; slot < shape.num_topk; ++slot) {
-        batch.topk_idx.back().push_back(random() % 8 == 0 ? -1 : experts[slot]);
+        const bool none = random() % 8 == 0 || (stay_home && shape.node_of_expert(experts[slot]) != node);
+        batch.topk_idx.back().push_back(none ? -1 : experts[slot]);
       }
       for (int i = 0; i < shape.hidden; ++i) batch.x.back().push_back(float_to_bf16(static_cast<float>(random() % 8)));
     }
@@ -72,6 +75,7 @@ class RankThread {
   RankThread(Rank& rank, const Batch& batch, int lane) : rank_(rank), batch_(batch), lane_(lane) {}
 
   void run(bool cached_too) {
+    refused();
     auto first = use(nullptr);
     if (cached_too) use(first->handle);
   }
@@ -80,24 +84,44 @@ class RankThread {
   std::shared_ptr<DispatchCall> use(std::shared_ptr<Handle> cached) {
     auto call = dispatch(std::move(cached));
     combine(*call);
+    combine(*call);  // at once: lent rows are written again as soon as the first has returned
     std::this_thread::yield();
     check_rows(*call->handle);  // leased: nobody may have written to them, however far the others are
     rank_.release(*call);
     return call;
   }
 
+  // A bad expert on one rank: every rank refuses, and the lane goes on.
+  void refused() {
+    std::vector<int32_t> idx(static_cast<size_t>(shape().num_topk), self());
+    if (self() == shape().topology.num_ranks - 1) idx.back() = shape().num_experts;
+    std::vector<uint16_t> x(static_cast<size_t>(shape().hidden));
+    auto call = rank_.dispatch(lane_, arguments(x, idx, 1), nullptr);
+    try {
+      call->sent->wait();
+    } catch (const std::invalid_argument&) {
+      return;
+    }
+    require(false, "rank ", self(), " did not refuse a bad expert");
+  }
+
+  DispatchArgs arguments(const std::vector<uint16_t>& x, const std::vector<int32_t>& topk_idx, int num_tokens) const {
+    DispatchArgs args;
+    args.x = x.data();
+    args.x_pitch = shape().max_payload_bytes();
+    args.topk_idx = topk_idx.data();
+    args.topk_idx_bytes = 4;
+    args.num_tokens = num_tokens;
+    args.format = {static_cast<int32_t>(shape().max_payload_bytes()), 0};
+    args.slot = lane_;  // each lane keeps to a slot of its own
+    return args;
+  }
+
   const Shape& shape() const { return rank_.transport().shape(); }
   int self() const { return rank_.transport().rank(); }
 
   std::shared_ptr<DispatchCall> dispatch(std::shared_ptr<Handle> cached) {
-    DispatchArgs args;
-    args.x = batch_.x[self()].data();
-    args.x_pitch = shape().max_payload_bytes();
-    args.topk_idx = batch_.topk_idx[self()].data();
-    args.topk_idx_bytes = 4;
-    args.num_tokens = batch_.num_tokens[self()];
-    args.format = {static_cast<int32_t>(shape().max_payload_bytes()), 0};
-    args.slot = lane_;  // each lane keeps to a slot of its own
+    const DispatchArgs args = arguments(batch_.x[self()], batch_.topk_idx[self()], batch_.num_tokens[self()]);
     auto call = rank_.dispatch(lane_, args, std::move(cached));
     rank_.receive(*call);
     call->received->wait();
@@ -146,6 +170,11 @@ class RankThread {
     std::vector<float> side_out(tokens * shape().num_topk, -1.0f);
     CombineArgs args;
     args.rows = received_row(0);
+    if (shape().layout == Layout::kRank) {  // lent
+      char* lent = rank_.transport().region(self(), Region::kCombineRows, lane_);
+      std::memcpy(lent, args.rows, static_cast<size_t>(dispatched.handle->num_rows * shape().max_payload_bytes()));
+      args.rows = lent;
+    }
     args.side = side.data();
     args.out = out.data();
     args.side_out = side_out.data();

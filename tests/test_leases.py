@@ -1,0 +1,74 @@
+"""Leases on slots: as many as there are, given back in any way, and views that outlive the buffer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from pool import Pool
+from small import SMALL, error_of, send_ones
+
+import deep_a2a
+from deep_a2a.errors import LeaseError
+
+
+def use_leases(group: dist.ProcessGroup) -> list[tuple[str, str]]:
+    errors = []
+    with deep_a2a.Buffer(group, ranks_per_node=2, num_slots=2, **SMALL) as buffer:
+        first, second = send_ones(buffer, 1.0), send_ones(buffer, 2.0)
+        errors.append(error_of(lambda: send_ones(buffer, 3.0)))
+        errors.append(error_of(lambda: send_ones(buffer, 3.0, output="owned")))
+        assert (first.x == 1).all() and (second.x == 2).all()
+        first.release()
+        third = send_ones(buffer, 3.0)
+        assert (second.x == 2).all() and (third.x == 3).all()
+        errors.append(error_of(lambda: send_ones(buffer, 4.0)))
+        del second  # dropping the result object gives the slot back as well
+        gc.collect()
+        owned = send_ones(buffer, 4.0, output="owned")
+        kept = [send_ones(buffer, value, output="owned") for value in (5.0, 6.0, 7.0)]
+        assert (third.x == 3).all() and (owned.x == 4).all() and [each.x[0, 0].item() for each in kept] == [5, 6, 7]
+        third.release()
+        third.release()  # once is enough, twice is harmless
+        for _ in range(5):
+            send_ones(buffer).release()
+        one = torch.zeros(first.num_rank_rows or 0, buffer.hidden, dtype=torch.bfloat16)
+        buffer.combine(one, first.handle)  # the handle outlives the lease
+    return errors
+
+
+def test_leases(pools: Callable[[int], Pool]) -> None:
+    for errors in pools(8).run(use_leases):
+        assert [name for name, _ in errors] == [LeaseError.__name__] * 3
+        assert all("release" in text and "num_slots" in text for _, text in errors)
+
+
+def keep_views(group: dist.ProcessGroup) -> None:
+    """Views of a destroyed buffer are memory that nobody writes to any more, but memory."""
+    buffer = deep_a2a.Buffer(group, ranks_per_node=2, **SMALL)
+    lent = buffer.lend_input(2)
+    result = send_ones(buffer, 3.0)
+    assert count_mappings("deep_a2a") > 0
+    view = result.x
+    buffer.destroy()
+    del buffer
+    gc.collect()
+    assert (view == 3).all()
+    view += 1
+    lent.fill_(9)
+    assert (result.x == 4).all() and (lent == 9).all()
+    result.release()
+    del result, view, lent
+    gc.collect()
+    assert count_mappings("deep_a2a") == 0
+
+
+def count_mappings(name: str) -> int:
+    with open("/proc/self/maps") as maps:
+        return sum(f"memfd:{name}" in line for line in maps)
+
+
+def test_views_outlive_the_buffer(pools: Callable[[int], Pool]) -> None:
+    pools(8).run(keep_views)
