@@ -13,6 +13,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -76,15 +77,18 @@ def dumps(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def exit_with_parent(alive: Connection) -> None:
+def exit_with_parent(alive: Connection, directory: str) -> None:
     """Body of a thread: the other end of `alive` is closed when the test process is gone."""
     wait([alive])
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 
 
 def serve(jobs: Connection, alive: Connection, rank: int, num_ranks: int, directory: str) -> None:
-    """Body of a rank: joins the process group, then does what `jobs` brings until it brings None."""
-    threading.Thread(target=exit_with_parent, args=(alive,), daemon=True).start()
+    """Body of a rank: joins the process group, then does what `jobs` brings until it brings nothing."""
+    watcher = threading.Thread(target=exit_with_parent, args=(alive, directory), daemon=True)
+    watcher.start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process ends its ranks
     stacks = (Path(directory) / f"stacks.{rank}").open("w")
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
@@ -93,15 +97,22 @@ def serve(jobs: Connection, alive: Connection, rank: int, num_ranks: int, direct
     method = f"file://{directory}/store"
     timeout = datetime.timedelta(seconds=START_DEADLINE_S)
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=num_ranks, timeout=timeout)
-    jobs.send_bytes(dumps(Answer()))
-    while (data := jobs.recv_bytes()) != b"":
-        try:
-            function, args = pickle.loads(data)
-            answer = dumps(Answer(value=function(dist.group.WORLD, *args)))
-        except Exception as error:
-            answer = dumps(Answer(None, type(error).__name__, traceback.format_exc(), time.monotonic()))
-        jobs.send_bytes(answer)
+    try:
+        jobs.send_bytes(dumps(Answer()))
+        while (data := jobs.recv_bytes()) != b"":
+            jobs.send_bytes(answer(data))
+    except (EOFError, OSError):
+        watcher.join()
     os._exit(0)  # nothing of the group's teardown is under test, and it may wait for others
+
+
+def answer(data: bytes) -> bytes:
+    """Makes one call on this rank. What pytest raises to end a test is no Exception, hence BaseException."""
+    try:
+        function, args = pickle.loads(data)
+        return dumps(Answer(value=function(dist.group.WORLD, *args)))
+    except BaseException as error:
+        return dumps(Answer(None, type(error).__name__, traceback.format_exc(), time.monotonic()))
 
 
 class Pool:

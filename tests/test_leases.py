@@ -1,10 +1,12 @@
-"""Leases on slots: as many as there are, given back in any way, and views that outlive the buffer."""
+"""Leases on slots, views that outlive the buffer, and memory that is not written before its last reader is done."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
@@ -72,3 +74,50 @@ def count_mappings(name: str) -> int:
 
 def test_views_outlive_the_buffer(pools: Callable[[int], Pool]) -> None:
     pools(8).run(keep_views)
+
+
+# ---- slow readers ----------------------------------------------------------------------------------------------
+
+
+def read_slowly(group: dist.ProcessGroup, slow: int, ranks_per_node: int) -> None:
+    """One rank keeps its lease for a while; the others are in the next dispatch, with nothing to exchange, long before.
+
+    Only the slot's credit keeps their rows out of it: they go straight to their places.
+    """
+    with deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, num_slots=1, **SMALL) as buffer:
+        first = send_ones(buffer, 1.0)
+        for value in (2.0, 3.0):
+            if buffer.rank == slow:
+                time.sleep(0.1)
+            assert (first.x == value - 1).all()
+            first.release()
+            x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16)
+            first = buffer.dispatch(x, handle=first.handle)
+        assert (first.x == 3).all()
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_slow_reader_of_a_slot(pools: Callable[[int], Pool], ranks_per_node: int) -> None:
+    for slow in (0, 3):
+        pools(4).run(read_slowly, slow, ranks_per_node)
+
+
+def overwrite_at_once(group: dist.ProcessGroup, slow: int, ranks_per_node: int) -> None:
+    """One rank is slow to read what the others have lent for a combine; they overwrite it when theirs is done."""
+    with deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, **SMALL) as buffer:
+        for value in (1.0, 2.0, 3.0):
+            result = send_ones(buffer)
+            rows = buffer.lend_expert_output(result).fill_(value)
+            pending = buffer.combine_send(rows, result.handle)
+            if buffer.rank == slow:
+                time.sleep(0.1)
+            sums = pending.recv().x
+            rows.fill_(torch.nan)
+            assert (sums == 2 * value).all()  # of two experts, on two ranks
+            result.release()
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_slow_reader_of_lent_rows(pools: Callable[[int], Pool], ranks_per_node: int) -> None:
+    for slow in (0, 3):
+        pools(4).run(overwrite_at_once, slow, ranks_per_node)
