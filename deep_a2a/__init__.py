@@ -1,6 +1,7 @@
 """Expert-parallel communication for Mixture-of-Experts models: dispatch tokens to their experts, combine the outputs.
 
-`Buffer` is where to start. `routing` holds the gate, `quant` the FP8 casts, `moe` a layer built of all of them.
+`Buffer` is where to start. `routing` holds the gate, `quant` the FP8 casts, `moe` a layer built of all of them, and
+`errors` what operations can end with.
 """
 
 try:
@@ -11,7 +12,9 @@ except ImportError as error:
         "'pip install .', then start Python outside of the source folder; or 'pip install --editable .'"
     ) from error
 
+from deep_a2a import errors, moe, quant, routing
 from deep_a2a.buffer import Buffer
+from deep_a2a.errors import CapacityError, CommError, CommTimeoutError, LeaseError, MismatchError, PeerAbortError
 from deep_a2a.memory import MemoryTable
 from deep_a2a.pending import PendingCombine, PendingDispatch
 from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
@@ -21,11 +24,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Buffer",
+    "CapacityError",
     "CombineResult",
+    "CommError",
+    "CommTimeoutError",
     "DispatchHandle",
     "DispatchResult",
+    "LeaseError",
     "MemoryTable",
+    "MismatchError",
+    "PeerAbortError",
     "PendingCombine",
     "PendingDispatch",
+    "errors",
     "memory_table",
+    "moe",
+    "quant",
+    "routing",
 ]

@@ -57,6 +57,8 @@ class FloatColumn:
 
 class Handle:
     num_tokens: int
+
+class Received:
     num_rows: int
     num_rank_rows: int
     num_received: IntColumn
@@ -74,13 +76,14 @@ class Event:
 
 class DispatchCall:
     handle: Handle
+    result: Received
     counts: Event
     sent: Event
-    received: Event
+    received: Event | None
 
 class CombineCall:
     sent: Event
-    received: Event
+    received: Event | None
 
 class Rank:
     shm_bytes: int
@@ -100,6 +103,7 @@ class Rank:
         scales: int,
         scales_pitch: int,
         scale_bytes: int,
+        format_code: int,
         topk_idx: int,
         topk_idx_bytes: int,
         topk_weights: int,
@@ -110,7 +114,16 @@ class Rank:
         cached: Handle | None,
     ) -> DispatchCall: ...
     def combine(
-        self, *, lane: int, rows: int, side: int, weighted: bool, out: int, side_out: int, handle: Handle
+        self,
+        *,
+        lane: int,
+        rows: int,
+        side: int,
+        weighted: bool,
+        with_side: bool,
+        out: int,
+        side_out: int,
+        handle: Handle,
     ) -> CombineCall: ...
     def receive_dispatch(self, call: DispatchCall, *, owned_rows: int, owned_scales: int) -> None: ...
     def receive_combine(self, call: CombineCall) -> None: ...

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,7 @@ def meet(
     """Compare settings on every rank. A rank whose own are bad brings `error`, and all ranks raise."""
     listener = Listener(group.rank)
     try:
-        mine = {"settings": settings, "error": str(error) if error else None, "member": vars(listener.member)}
+        mine = {"settings": None if error else settings, "error": brief(error), "member": vars(listener.member)}
         answers = all_gather(group, mine, timeout_s, "Buffer()")
         if error is not None:
             raise error
@@ -132,25 +133,42 @@ def exchange_windows(
     group: Group, listener: Listener, members: list[Member], nbytes: int, timeout_s: float
 ) -> list[Window]:
     """Create this rank's window and map everybody else's. Fails on every rank if it fails on one."""
-    error: Exception | None = None
+    elsewhere = [rank for rank, member in enumerate(members) if member.host != members[group.rank].host]
+    if elsewhere:
+        raise CommError(f"backend 'cpu' needs all ranks on one host, but ranks {elsewhere} are elsewhere")
     windows: list[Window] = []
+
+    def create() -> None:
+        windows.append(Window.create(nbytes=nbytes))
+
+    def exchange() -> None:
+        windows[:] = listener.exchange(windows[0], members, time.monotonic() + timeout_s)
+
+    together(group, create, timeout_s, "create its window")
+    together(group, exchange, timeout_s, "share its window")
+    windows[group.rank].close_fd()
+    return windows
+
+
+def together(group: Group, step: Callable[[], None], timeout_s: float, purpose: str) -> None:
+    """Run `step` on every rank; where one fails, all raise, that one its own error."""
+    error: Exception | None = None
     try:
-        elsewhere = [rank for rank, member in enumerate(members) if member.host != members[group.rank].host]
-        if elsewhere:
-            raise CommError(f"backend 'cpu' needs all ranks on one host, but ranks {elsewhere} are elsewhere")
-        window = Window.create(nbytes=nbytes)
-        windows = listener.exchange(window, members, time.monotonic() + timeout_s)
-        window.close_fd()
+        step()
     except TimeoutError:
         error = CommTimeoutError(
-            f"rank {group.rank} gave up after {timeout_s} s: not every rank handed over its window"
+            f"rank {group.rank} gave up after {timeout_s} s: it could not {purpose} with every rank"
         )
     except (OSError, RuntimeError) as failure:
         error = failure
-    answers = all_gather(group, {"error": str(error) if error else None}, timeout_s, "the exchange of windows")
+    answers = all_gather(group, {"error": brief(error)}, timeout_s, f"a Buffer that wants to {purpose}")
     if error is not None:
         raise error
     for rank, answer in enumerate(answers):
         if answer["error"] is not None:
-            raise CommError(f"rank {rank} could not share its window: {answer['error']}")
-    return windows
+            raise CommError(f"rank {rank} could not {purpose}: {answer['error']}")
+
+
+def brief(error: Exception | None) -> str | None:
+    """An error's text, short enough to exchange."""
+    return None if error is None else str(error)[:1000]

@@ -20,8 +20,16 @@ from deep_a2a.settings import LayoutName, Settings
 class Buffer:
     """Sends tokens to the ranks that hold their experts, and brings the experts' outputs back.
 
-    Every rank of `group` constructs it with the same settings, and calls its operations in the same order on each
-    lane. Expert `e` lives on rank ``e // (num_experts // num_ranks)``; rank `r` is on node ``r // ranks_per_node``.
+    Every rank of `group` constructs it with the same settings. Operations come in the same order on every rank: those
+    of a lane among themselves, and dispatches and releases of results (they take and free slots) on all lanes together.
+    A bad argument raises on the rank that gave it; the others wait for that rank until their deadline. A `Pending` half
+    blocks its lane until it is received.
+
+    Expert `e` lives on rank ``e // num_local_experts``; rank `r` is on node ``r // ranks_per_node``.
+
+    Attributes: rank, num_ranks, node, num_nodes, local_rank, ranks_per_node, num_local_experts (int), max_recv_rows
+    (int: rows of ``x`` that a slot holds), memory (`MemoryTable`), settings, and the arguments hidden, num_experts,
+    num_topk, num_max_tokens_per_rank, layout.
 
     Args:
         group: a ``torch.distributed`` process group, None for the default one, or a `deep_a2a.group.Group`.
@@ -139,22 +147,26 @@ class Buffer:
                 [tokens, ceil(hidden / 128)] of float32 or of UE8M0 exponents (uint8 or float8_e8m0fnu). Rows
                 contiguous, read in place (`lend_input` tells more). Has to stay as it is until the call returns, with
                 `async_op` until ``event``.
-            topk_idx: int32 or int64 [tokens, num_topk], global experts; -1 for none.
+            topk_idx: int32 or int64 [tokens, num_topk], global experts; -1 for none. An expert that a token
+                names twice gets it twice.
             topk_weights: float32 [tokens, num_topk]; None for ones.
             handle: of an earlier dispatch, instead of the two above: same routing and weights, nothing is counted or
                 exchanged. The result has the sizes of the handle.
             quantize: "fp8" (or "fp8_e4m3", "fp8_e5m2") casts bfloat16 rows on the way, see `deep_a2a.quant`.
             scale_format: of these scales: "float32" or "ue8m0".
             host_sync: True for exact sizes. False for fixed shapes, with the counts in tensors.
-            output: "leased" for views of the window, "owned" for ordinary tensors (one more copy).
+            output: "leased" for views of the window, valid while the result object is kept and not released; "owned"
+                for ordinary tensors (one more copy).
             zero_padding: layouts "expert" and "padded": zero the rows between groups (one more pass over them).
+                Without it they hold anything.
             lane: on which to run.
             async_op: return before the rows have arrived; ``result.event`` tells when.
 
         Raises:
             TypeError, ValueError: a bad argument; an expert out of range is raised on every rank.
-            CapacityError, MismatchError: on every rank, before a row reached a slot.
-            LeaseError: no slot is free.
+            CapacityError, MismatchError: on every rank, before a row reached a slot. The buffer stays usable, unless
+                the ranks disagree on the slot or on what a cached dispatch is.
+            LeaseError: no slot is free. Nothing was sent: release a result and call again.
             CommTimeoutError, PeerAbortError: a rank was lost or late. The buffer is of no use any more.
         """
         return self.dispatch_send(
@@ -227,7 +239,8 @@ class Buffer:
             x: bfloat16, contiguous. Layout "rank": [rank_rows, hidden], rows that the layer has already weighed and
                 added over this rank's experts; copied into the window unless lent by `lend_expert_output`. Others:
                 shaped like the dispatch result's ``x``, one row per expert. Has to stay as it is until the call
-                returns, with `async_op` until ``event``.
+                returns, with `async_op` until ``event``; a leased x on another lane than its dispatch keeps its
+                lease as long.
             handle: of the dispatch.
             weighted: layouts "expert" and "padded": multiply each row by its top-k weight (the default) or just add.
             side: float32 values to bring back beside the rows, one per top-k slot and without a sum. Layout "rank":
@@ -308,13 +321,17 @@ class Buffer:
         self._usable().backend.engine.check()
 
     def destroy(self) -> None:
-        """Finish what is under way and let go of the windows. No collective: returns whatever the other ranks do.
+        """Finish what was launched and stop. No collective: returns whatever the other ranks do, by the deadline.
 
-        Views of the window stay readable memory until they are dropped. Repeated calls do nothing.
+        The windows stay mapped until the last result, handle or view of them is dropped. Repeated calls do nothing.
         """
         operations, self._operations = self._operations, None
         if operations is not None:
             operations.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_operations", None) is not None:
+            self.destroy()
 
     def __enter__(self) -> Buffer:
         return self
@@ -350,9 +367,9 @@ class Buffer:
 def _check_options(backend: str, timeout_s: float, num_sms: int | None, network_seed: int | None) -> None:
     """Settings that may differ between ranks, or that no shape depends on."""
     if backend not in ("auto", "cpu"):
-        raise ValueError(f"backend must be 'auto' or 'cpu', got {backend!r}")
+        raise ValueError(f"backend must be 'auto' or 'cpu' (this version has no CUDA backend), got {backend!r}")
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= 1e6:
         raise ValueError(f"timeout_s must be seconds in (0, 1e6], got {timeout_s!r}")
     for name, value in (("num_sms", num_sms), ("network_seed", network_seed)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{name} must be None or an int of at least 0, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
+            raise ValueError(f"{name} must be None or an int in [0, 2**31), got {value!r}")

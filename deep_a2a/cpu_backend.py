@@ -49,7 +49,7 @@ class CpuBackend:
         return self._bytes[start : start + rows * pitch].view(rows, pitch)[:, :row_bytes].view(dtype)
 
     def close(self) -> None:
-        """Stop the lanes once they have run what was launched, and let go of the peers' windows."""
+        """Stop the lanes once they have run what was launched. Windows stay mapped while anything refers to them."""
         self.engine.close()
 
     def dispatch(
@@ -76,6 +76,7 @@ class CpuBackend:
             scales=address(scales),
             scales_pitch=0 if scales is None else scales.stride(0) * scales.element_size(),
             scale_bytes=payload.scale_bytes,
+            format_code=format_code(payload),
             topk_idx=address(topk_idx),
             topk_idx_bytes=0 if topk_idx is None else topk_idx.element_size(),
             topk_weights=address(topk_weights),
@@ -121,10 +122,18 @@ class CpuBackend:
             rows=rows.data_ptr(),
             side=address(side),
             weighted=weighted,
+            with_side=side is not None,
             out=out.data_ptr(),
             side_out=address(side_out),
             handle=handle,
         )
+
+
+def format_code(payload: Payload) -> int:
+    """A number that ranks compare: equal for equal dtypes of rows and scales."""
+    rows = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2).index(payload.dtype)
+    scales = (None, torch.float32, torch.uint8).index(payload.scale_dtype)
+    return rows * 4 + scales
 
 
 def address(tensor: torch.Tensor | None) -> int:

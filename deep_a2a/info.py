@@ -13,6 +13,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -45,12 +46,18 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "deep-a2a info") -> int:
-    """Prints the report, as text, or with --json as a list of objects; returns 0."""
+    """Prints the report, as text, or with --json as a list of objects; returns 0, or 1 if its reader went away."""
     parser = argparse.ArgumentParser(prog=prog, description="What is available here, and how to get what is not.")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
     as_json = parser.parse_args(argv).json
     findings = collect()
-    print(json.dumps([to_json(each) for each in findings], indent=2) if as_json else format_report(findings))
+    try:
+        print(json.dumps([to_json(each) for each in findings], indent=2) if as_json else format_report(findings))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left goes nowhere, or the interpreter would fail to write it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

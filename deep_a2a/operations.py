@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from deep_a2a._cpu import DispatchCall
+from deep_a2a._cpu import CombineCall, DispatchCall
 from deep_a2a.cpu_backend import CpuBackend, column
 from deep_a2a.errors import LeaseError
 from deep_a2a.payload import Payload
@@ -46,29 +46,35 @@ class Operations:
             _wait_on_other_lane(handle, lane)
         fixed_shapes = handle.fixed_shapes if handle is not None else not host_sync
         with self._lock:
-            self._begin(lane, "dispatch")
+            self._check_lane(lane)
             lease = self._take_slot()
-            call = self.backend.dispatch(
-                payload,
-                topk_idx,
-                topk_weights,
-                lane=lane,
-                slot=lease.slot,
-                zero_padding=zero_padding,
-                fixed_shapes=fixed_shapes,
-                cached=None if handle is None else handle.call.handle,
-            )
+            try:
+                call = self.backend.dispatch(
+                    payload,
+                    topk_idx,
+                    topk_weights,
+                    lane=lane,
+                    slot=lease.slot,
+                    zero_padding=zero_padding,
+                    fixed_shapes=fixed_shapes,
+                    cached=None if handle is None else handle.call.handle,
+                )
+            except BaseException:
+                lease.release()
+                raise
             lease.bind(call)
+            self._half_open[lane] = "dispatch"
             self._keep(call.sent, payload, topk_idx, topk_weights)
 
         def receive() -> DispatchResult:
             try:
-                if handle is None:
-                    call.counts.wait()
+                call.counts.wait()
                 result = self._receive_dispatch(call, payload, lease, handle, lane, fixed_shapes, owned, async_op)
                 if not async_op:
-                    call.received.wait()
+                    self._received(call).wait()
             except BaseException:
+                if call.received is None:  # peers count on this half, whatever became of the result
+                    self.backend.engine.receive_dispatch(call, owned_rows=0, owned_scales=0)
                 lease.release()
                 raise
             finally:
@@ -92,20 +98,22 @@ class Operations:
         out = torch.empty(handle.num_tokens, self._settings.hidden, dtype=torch.bfloat16)
         side_out = None if side is None else torch.empty(handle.num_tokens, self._settings.num_topk)
         with self._lock:
-            self._begin(lane, "combine")
+            self._check_lane(lane)
             call = self.backend.combine(
                 rows, side, out, side_out, lane=lane, weighted=weighted, handle=handle.call.handle
             )
+            self._half_open[lane] = "combine"
             self._keep(call.sent, rows, side)
 
         def receive() -> CombineResult:
             with self._lock:
                 self.backend.engine.receive_combine(call)
-                self._keep(call.received, out, side_out)
+                event = self._received(call)
+                self._keep(event, rows, out, side_out)  # rows too: where they are lent, peers read them until the end
             self._end(lane)
             if not async_op:
-                call.received.wait()
-            return CombineResult(out, side_out, call.received if async_op else None)
+                event.wait()
+            return CombineResult(out, side_out, event if async_op else None)
 
         return Pending(receive, call.sent.done)
 
@@ -134,11 +142,12 @@ class Operations:
         async_op: bool,
     ) -> DispatchResult:
         """Launch the receive half and gather what is known: all shapes, and tensors that will be filled."""
-        native, shape, layout = call.handle, self.backend.shape, self._settings.layout
+        native, shape, layout = call.result, self.backend.shape, self._settings.layout
         num_rows = shape.slot_rows if fixed_shapes else native.num_rows
         with self._lock:
             received = self.backend.receive_dispatch(call, payload, lease.slot, num_rows, owned)
-            self._keep(call.received, received)
+            event = self._received(call)
+            self._keep(event, received)
         x, scales = received.x, received.scales
         if layout == "padded":
             per_expert = (shape.num_local_experts, num_rows // shape.num_local_experts)
@@ -161,7 +170,7 @@ class Operations:
             num_rows=None if fixed_shapes else native.num_rows,
             num_rank_rows=None if fixed_shapes else native.num_rank_rows,
             handle=handle,
-            event=call.received if async_op else None,
+            event=event if async_op else None,
             lease=None if owned else lease,
         )
         if owned:
@@ -170,12 +179,18 @@ class Operations:
             weakref.finalize(result, lease.release).atexit = False
         return result
 
-    def _begin(self, lane: int, operation: str) -> None:
+    @staticmethod
+    def _received(call: DispatchCall | CombineCall) -> Event:
+        assert call.received is not None
+        return call.received
+
+    def _check_lane(self, lane: int) -> None:
+        if self._closed:
+            raise RuntimeError("the Buffer was destroyed")
         if lane in self._half_open:
             raise RuntimeError(
                 f"lane {lane} waits for recv() of a {self._half_open[lane]}: call it, or use another lane"
             )
-        self._half_open[lane] = operation
 
     def _end(self, lane: int) -> None:
         with self._lock:
@@ -199,5 +214,5 @@ class Operations:
 
 def _wait_on_other_lane(handle: DispatchHandle, lane: int) -> None:
     """Operations of one lane are ordered among themselves; on another lane the handle has to be complete first."""
-    if handle.lane != lane:
+    if handle.lane != lane and handle.call.received is not None:
         handle.call.received.wait()

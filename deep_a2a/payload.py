@@ -12,17 +12,30 @@ from deep_a2a.quant import FP8_DTYPES, FP8_FORMATS, SCALE_DTYPES, canonical_form
 
 DispatchInput = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
+# Of scales that are given. float8_e8m0fnu came to torch later than the others.
+_E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)
+_SCALE_DTYPES = (torch.float32, torch.uint8) if _E8M0 is None else (torch.float32, torch.uint8, _E8M0)
+
 
 def describe(value: Any) -> str:
-    """What came, for error messages."""
+    """What came, for error messages. Contents only of plain values: anything else may hold tensors."""
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
+    if isinstance(value, tuple):
+        return f"a tuple of ({', '.join(map(describe, value))})"
+    if value is None:
+        return "None"
+    if isinstance(value, (int, str, float, bool)):
+        return f"{value!r} of type {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"
 
 
-def check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> torch.Tensor:
-    """`value` if it is a CPU tensor of one of `dtypes` and of `shape` (None: any size) whose rows are contiguous."""
+def check_tensor(
+    name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], or_else: str = ""
+) -> torch.Tensor:
+    """`value` if it is a CPU tensor of one of `dtypes` and of `shape` (None: any size). Errors add `or_else`."""
     expected = f"a CPU tensor of {' or '.join(map(str, dtypes))} and shape {list(shape)}".replace("None", "any")
+    expected += or_else
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be {expected}, got {describe(value)}")
     fits = value.dim() == len(shape) and all(
@@ -66,11 +79,11 @@ class Payload:
 
 def check_payload(x: DispatchInput, quantize: str | None, scale_format: str, hidden: int, max_tokens: int) -> Payload:
     """`x` as dispatch takes it. Raises TypeError or ValueError."""
-    if scale_format not in SCALE_DTYPES:
-        raise ValueError(f"scale_format must be one of {sorted(SCALE_DTYPES)}, got {scale_format!r}")
+    if not isinstance(scale_format, str) or scale_format not in SCALE_DTYPES:
+        raise ValueError(f"scale_format must be one of {sorted(SCALE_DTYPES)}, got {describe(scale_format)}")
     if isinstance(x, tuple):
         if quantize is not None:
-            raise ValueError(f"quantize must be None when x is (fp8, scales), got {quantize!r}")
+            raise ValueError(f"quantize must be None when x is (fp8, scales), got {describe(quantize)}")
         payload = _check_fp8(x, hidden)
     else:
         payload = _check_bf16(x, quantize, scale_format, hidden)
@@ -84,13 +97,13 @@ def check_payload(x: DispatchInput, quantize: str | None, scale_format: str, hid
 
 
 def _check_bf16(x: torch.Tensor, quantize: str | None, scale_format: str, hidden: int) -> Payload:
-    rows = check_rows("x", check_tensor("x", x, (torch.bfloat16,), (None, hidden)))
+    rows = check_rows("x", check_tensor("x", x, (torch.bfloat16,), (None, hidden), " or a pair (fp8, scales)"))
     if quantize is None:
         return Payload(rows, None, Cast.none, ScaleFormat.float32, rows.dtype, None, hidden * 2, 0)
     try:
         fmt = canonical_format(quantize)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got {quantize!r}") from error
+        raise ValueError(f"quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got {describe(quantize)}") from error
     scale_dtype = SCALE_DTYPES[scale_format]
     scale_bytes = num_scale_groups(hidden) * scale_dtype.itemsize
     cast, scale_kind = getattr(Cast, fmt), getattr(ScaleFormat, scale_format)
@@ -102,9 +115,9 @@ def _check_fp8(x: tuple[torch.Tensor, torch.Tensor], hidden: int) -> Payload:
         raise TypeError(f"x must be a tensor or a pair (fp8, scales), got a tuple of {len(x)}")
     rows = check_rows("x[0]", check_tensor("x[0]", x[0], tuple(FP8_FORMATS), (None, hidden)))
     scale_shape = (rows.shape[0], num_scale_groups(hidden))
-    scales = check_tensor("x[1] (scales)", x[1], (torch.float32, torch.uint8, torch.float8_e8m0fnu), scale_shape)
+    scales = check_tensor("x[1] (scales)", x[1], _SCALE_DTYPES, scale_shape)
     check_rows("x[1] (scales)", scales)
-    if scales.dtype == torch.float8_e8m0fnu:
+    if scales.dtype == _E8M0:
         scales = scales.view(torch.uint8)
     scale_bytes = scale_shape[1] * scales.element_size()
     return Payload(rows, scales, Cast.none, ScaleFormat.float32, rows.dtype, scales.dtype, hidden, scale_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,72 +21,104 @@ class Event(Protocol):
         """Whether it has been passed; never blocks, never raises."""
 
 
-@dataclass(frozen=True)
-class DispatchHandle:
+class _ShortRepr:
+    """Says only dtype and shape of a tensor: rows may be many, not there yet, or another's by now."""
+
+    def __repr__(self) -> str:
+        shown = [f"{each.name}={_short(getattr(self, each.name))}" for each in fields(self) if each.repr]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)
+
+
+@dataclass(frozen=True, repr=False)
+class DispatchHandle(_ShortRepr):
     """All that the ranks know about one dispatch. Needed by ``combine`` and by cached dispatches, as often as wanted.
 
     Lives as long as it is referenced, independent of the result's lease; any number may be alive at once.
+
+    Attributes:
+        num_tokens: tokens that this rank sent.
+        num_rows: rows of ``x`` that this rank received, padding between groups counted; layout "padded":
+            num_local_experts * expert_capacity.
+        num_rank_rows: (token, this rank) pairs received; equals `num_rows` in layout "rank".
+        fixed_shapes: made with ``host_sync=False``.
+        lane: of the dispatch.
+        owner, call: the Buffer's side and the native side, of no use to callers.
     """
 
     num_tokens: int
-    """Tokens that this rank sent."""
     num_rows: int
-    """Rows of ``x`` that this rank received; layout "padded": num_local_experts * expert_capacity."""
     num_rank_rows: int
-    """(token, this rank) pairs received; equals `num_rows` in layout "rank"."""
     fixed_shapes: bool
-    """Made with ``host_sync=False``."""
     lane: int
-    """The lane of the dispatch."""
     owner: object = field(repr=False)
-    """The Buffer it belongs to."""
     call: DispatchCall = field(repr=False)
-    """The native side."""
 
 
-@dataclass
-class DispatchResult:
+@dataclass(repr=False)
+class DispatchResult(_ShortRepr):
     """The rows that this rank received, a lease on a slot of the window unless asked for as ``output="owned"``.
 
     ``rows`` counts rows of `x`, ``rank_rows`` counts (token, this rank) pairs, in the order of the source rank and then
-    of the token at its source. Both are the same in layout "rank". With ``host_sync=False`` row dimensions are
-    capacities and only the first ``num_rows_tensor`` rows hold anything.
+    of the token at its source. Both are the same in layout "rank".
 
-    `x` and `scales` of a leased result are views of the window: valid until `release()`, or until the result is
-    dropped. Everything else is the caller's to keep. With ``async_op=True`` nothing but shapes may be read before
-    ``event.wait()``.
+    Lifetime: `x` and `scales` of a leased result are views of the window, valid until `release()`, or until the result
+    is dropped. All other fields, and both of an owned result, are the caller's to keep and to change. With
+    ``async_op=True`` nothing but shapes may be read before ``event.wait()``.
+
+    What holds something: layout "rank": all rows. "expert": the first ``rows_per_expert[e]`` rows from
+    ``expert_offsets[e]`` on. "padded": the first ``rows_per_expert[e]`` rows of ``x[e]``. Rows in between are undefined
+    in `x` and `scales`, or zero with ``zero_padding=True``.
+
+    With ``host_sync=False`` the dimensions ``rows`` and ``rank_rows`` are capacities, and `num_rows_tensor` has the
+    numbers: of layouts "rank" and "expert" only the first `rows` rows of `x` and `scales` are as above, the rest is
+    undefined. Behind the first `rank_rows` rows, `topk_idx` and `expert_rows` are -1 and `topk_weights` 0.
+
+    Attributes:
+        x: payload dtype (bfloat16, float8_e4m3fn or float8_e5m2). Layouts "rank" and "expert": [rows, hidden];
+            "padded": [num_local_experts, expert_capacity, hidden].
+        scales: of FP8 payloads, None for BF16. Shaped like `x`, with a last dimension of ceil(hidden / 128); float32,
+            or uint8 for UE8M0 (exponent + 127). Leased, its rows lie at multiples of 16 bytes, so it need not be
+            contiguous.
+        topk_idx: int32 [rank_rows, num_topk], for each top-k slot of the token the LOCAL expert, 0 to
+            num_local_experts - 1; -1 where the slot's expert is on another rank, or none.
+        topk_weights: float32 [rank_rows, num_topk], the slot's weight; 0 where `topk_idx` is -1.
+        expert_rows: int32 [rank_rows, num_topk], the slot's row of `x` (in layout "padded", of `x` flattened to
+            [num_local_experts * expert_capacity, hidden]); -1 for none. None in layout "rank".
+        rows_per_expert: int32 [num_local_experts], tokens received for each local expert, padding not counted. A token
+            that names an expert twice counts twice.
+        expert_offsets: int32 [num_local_experts + 1], where each expert's rows start in `x` (flattened in layout
+            "padded"); the last is the number of rows. None in layout "rank".
+        rows_per_rank: int32 [num_ranks], rank rows by source rank.
+        expert_load: int32 [num_experts], tokens that all ranks together sent to each expert.
+        num_rows_tensor: int32 [2]: rows, rank_rows.
+        num_rows: rows of `x`; None with ``host_sync=False``.
+        num_rank_rows: rank rows; None with ``host_sync=False``.
+        handle: for ``combine`` and for cached dispatches.
+        event: passed when the result may be read; None if it may be read already.
+        lease: None for an owned result.
     """
 
     x: torch.Tensor
-    """Payload dtype. Layouts "rank" and "expert": [rows, hidden]; "padded": [local experts, capacity, hidden]."""
     scales: torch.Tensor | None
-    """FP8: like `x`, last dimension ceil(hidden / 128); float32, or uint8 for UE8M0. Row pitch: whole 16 bytes."""
     topk_idx: torch.Tensor
-    """int32 [rank_rows, num_topk]: local expert of each top-k slot of the token, -1 where it is not on this rank."""
     topk_weights: torch.Tensor
-    """float32 [rank_rows, num_topk]: its weight, 0 where `topk_idx` is -1."""
     expert_rows: torch.Tensor | None
-    """int32 [rank_rows, num_topk]: row of `x` (flattened) for the slot, or -1. None in layout "rank"."""
     rows_per_expert: torch.Tensor
-    """int32 [num_local_experts]: tokens received for each local expert, padding not counted."""
     expert_offsets: torch.Tensor | None
-    """int32 [num_local_experts + 1]: where each expert's rows start in (flattened) `x`. None in layout "rank"."""
     rows_per_rank: torch.Tensor
-    """int32 [num_ranks]: rank rows by source rank."""
     expert_load: torch.Tensor
-    """int32 [num_experts]: tokens that all ranks together sent to each expert."""
     num_rows_tensor: torch.Tensor
-    """int32 [2]: rows and rank rows."""
     num_rows: int | None
-    """Rows of `x`; None with ``host_sync=False``."""
     num_rank_rows: int | None
-    """Rank rows; None with ``host_sync=False``."""
     handle: DispatchHandle
-    """For ``combine`` and for cached dispatches."""
     event: Event | None
-    """Passed when the result may be read; None if it may be read already."""
     lease: Lease | None = field(repr=False)
-    """None for an owned result."""
 
     def release(self) -> None:
         """Give the slot back once the lane has come to this point. Repeated calls do nothing."""
@@ -109,16 +141,19 @@ class DispatchResult:
         return flat[:spare].view(shape)
 
 
-@dataclass(frozen=True)
-class CombineResult:
-    """The combined tokens of this rank in ordinary tensors; with ``async_op=True``, read after ``event.wait()``."""
+@dataclass(frozen=True, repr=False)
+class CombineResult(_ShortRepr):
+    """The combined tokens of this rank in ordinary tensors; with ``async_op=True``, read after ``event.wait()``.
+
+    Attributes:
+        x: bfloat16 [tokens, hidden].
+        side: float32 [tokens, num_topk], the side payload if one was given, 0 where `topk_idx` was -1; else None.
+        event: passed when the result may be read; None if it may be read already.
+    """
 
     x: torch.Tensor
-    """bfloat16 [tokens, hidden]."""
     side: torch.Tensor | None
-    """float32 [tokens, num_topk], the side payload if one was given."""
     event: Event | None
-    """Passed when the result may be read; None if it may be read already."""
 
 
 class Lease:

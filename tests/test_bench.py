@@ -25,7 +25,7 @@ from deep_a2a.benchmark.contenders import BufferContender, GlooContender
 from deep_a2a.benchmark.launcher import run_ranks
 from deep_a2a.benchmark.measure import CellRun
 from deep_a2a.benchmark.record import Dtype, Layout, Record, ResultFile, WireBytes
-from deep_a2a.benchmark.table import format_table
+from deep_a2a.benchmark.table import LEGEND, format_table
 from deep_a2a.benchmark.traffic import combine_traffic, dispatch_traffic
 from deep_a2a.benchmark.workload import Workload, expert_output
 from deep_a2a.routing import KINDS
@@ -441,7 +441,7 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert command.main(arguments.split()) == 0
     written = ResultFile.read(path)
-    assert capsys.readouterr().out == format_table(written.records) + "\n"
+    assert capsys.readouterr().out == f"{format_table(written.records)}\n\n{LEGEND}\n"
     assert written.command == f"deep-a2a bench {arguments}"
     assert [(record.op, record.ranks_per_node) for record in written.records] == [
         ("dispatch", 1), ("combine", 1), ("dispatch", 2), ("combine", 2),

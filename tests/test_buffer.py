@@ -6,12 +6,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import data
 import exchange
-import generators
 import pytest
 import reference
 import torch.distributed as dist
-from exchange import Turn, check_case
+from checks import check_case
+from exchange import Turn
 from generators import LAYOUTS, Case
 from pool import Pool
 from small import SMALL
@@ -90,7 +91,7 @@ def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
 def test_wire_bytes(pools: Callable[[int], Pool], layout: str, topology: str, payload: str) -> None:
     """Rows cross as often as they have to, the network once per token and node. The first time routing comes along."""
     case = Case(topology, layout, hidden=2048, payload=payload, routing="sparse")
-    topk_idx = [generators.inputs(case, rank).topk_idx for rank in range(8)]
+    topk_idx = [data.inputs(case, rank).topk_idx for rank in range(8)]
     row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
     sent = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx), strict=True))
     back = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx, combining=True), strict=True))

@@ -10,7 +10,8 @@ import exchange
 import pytest
 import torch
 import torch.distributed as dist
-from exchange import Turn, check, check_case
+from checks import check, check_case
+from exchange import Turn
 from generators import LAYOUTS, TOPOLOGIES, Case
 from pool import Pool
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exchange import check
+from checks import check
 from generators import LAYOUTS, PAYLOADS, ROUTINGS, TOPOLOGIES, Case
 from pool import Pool
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import data
 import exchange
-import generators
 import pytest
 import torch
 import torch.distributed as dist
-from exchange import Turn, check_case
+from checks import check_case
+from exchange import Turn
 from generators import LAYOUTS, Case
 from pool import Pool
 
@@ -23,14 +24,14 @@ def use_two_lanes(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn
     with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
         pending = None
         for case in cases:
-            data = generators.inputs(case, rank)
-            result = buffer.dispatch(data.x, data.topk_idx, data.topk_weights, lane=0, async_op=True)
+            mine = data.inputs(case, rank)
+            result = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, lane=0, async_op=True)
             if pending is not None:
                 turns.append(finish(*pending))
             assert result.event is not None
             result.event.wait()
             received = exchange.copy_result(result)
-            rows = generators.expert_output(case, rank, received.length)
+            rows = data.expert_output(case, rank, received.length)
             combined = buffer.combine(rows.view(result.x.shape), result.handle, lane=1, async_op=True)
             pending = (received, combined, result, rows)
         assert pending is not None
@@ -61,18 +62,18 @@ def use_halves(group: dist.ProcessGroup, cases: list[Case], async_op: bool) -> l
     A receive half relays rows for others: ranks that block in receives of different lanes would wait for each other.
     """
     rank = dist.get_rank(group)
-    data = [generators.inputs(case, rank) for case in cases]
+    mine = [data.inputs(case, rank) for case in cases]
     order = [0, 1] if async_op and rank % 2 else [1, 0]
     with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
         sent = [
             buffer.dispatch_send(each.x, each.topk_idx, each.topk_weights, lane=lane, async_op=async_op)
-            for lane, each in enumerate(data)
+            for lane, each in enumerate(mine)
         ]
         results = {lane: sent[lane].recv() for lane in order}
         wait_for(results)
         received = [exchange.copy_result(results[lane]) for lane in range(2)]
         rows = [
-            generators.expert_output(case, rank, each.length).view(results[lane].x.shape)
+            data.expert_output(case, rank, each.length).view(results[lane].x.shape)
             for lane, (case, each) in enumerate(zip(cases, received, strict=True))
         ]
         pending = [

@@ -9,7 +9,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-from exchange import check, run_cases
+from checks import check
+from exchange import run_cases
 from generators import LAYOUTS, TOPOLOGIES, Case, cases, rounds
 from pool import Pool, dumps
 

@@ -15,10 +15,10 @@ namespace {
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* writable(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// A view of a handle's vector that keeps the handle alive.
+// A view of a vector that keeps its owner alive.
 template <class T>
 struct Column {
-  std::shared_ptr<cpu::Handle> handle;
+  std::shared_ptr<cpu::Received> owner;
   std::vector<T>* values;
 };
 
@@ -100,26 +100,28 @@ void bind_window(py::module_& m) {
       });
 }
 
-void bind_handle(py::module_& m) {
+void bind_received(py::module_& m) {
   bind_column<int32_t>(m, "IntColumn");
   bind_column<float>(m, "FloatColumn");
-  py::class_<cpu::Handle, std::shared_ptr<cpu::Handle>> handle(m, "Handle");
-  handle.def_readonly("num_tokens", &cpu::Handle::num_tokens)
-      .def_readonly("num_rows", &cpu::Handle::num_rows)
-      .def_readonly("num_rank_rows", &cpu::Handle::num_rank_rows);
-  const auto ints = [&](const char* name, std::vector<int32_t> cpu::Handle::* member) {
-    handle.def_property_readonly(
-        name, [member](const std::shared_ptr<cpu::Handle>& h) { return Column<int32_t>{h, &((*h).*member)}; });
+  py::class_<cpu::Received, std::shared_ptr<cpu::Received>> received(m, "Received");
+  received.def_readonly("num_rows", &cpu::Received::num_rows)
+      .def_readonly("num_rank_rows", &cpu::Received::num_rank_rows);
+  const auto column = [&](const char* name, auto member) {
+    received.def_property_readonly(name, [member](const std::shared_ptr<cpu::Received>& self) {
+      using Vector = std::remove_reference_t<decltype((*self).*member)>;
+      return Column<typename Vector::value_type>{self, &((*self).*member)};
+    });
   };
-  ints("num_received", &cpu::Handle::num_received);
-  ints("topk_idx", &cpu::Handle::topk_idx);
-  ints("expert_rows", &cpu::Handle::expert_rows);
-  ints("rows_per_rank", &cpu::Handle::rows_per_rank);
-  ints("rows_per_expert", &cpu::Handle::rows_per_expert);
-  ints("expert_offsets", &cpu::Handle::expert_offsets);
-  ints("expert_load", &cpu::Handle::expert_load);
-  handle.def_property_readonly(
-      "topk_weights", [](const std::shared_ptr<cpu::Handle>& h) { return Column<float>{h, &h->topk_weights}; });
+  column("num_received", &cpu::Received::num_received);
+  column("topk_idx", &cpu::Received::topk_idx);
+  column("topk_weights", &cpu::Received::topk_weights);
+  column("expert_rows", &cpu::Received::expert_rows);
+  column("rows_per_rank", &cpu::Received::rows_per_rank);
+  column("rows_per_expert", &cpu::Received::rows_per_expert);
+  column("expert_offsets", &cpu::Received::expert_offsets);
+  column("expert_load", &cpu::Received::expert_load);
+  py::class_<cpu::Handle, std::shared_ptr<cpu::Handle>>(m, "Handle")
+      .def_readonly("num_tokens", &cpu::Handle::num_tokens);
 }
 
 void bind_calls(py::module_& m) {
@@ -128,6 +130,7 @@ void bind_calls(py::module_& m) {
       .def("done", &cpu::Event::is_set);
   py::class_<cpu::DispatchCall, std::shared_ptr<cpu::DispatchCall>>(m, "DispatchCall")
       .def_readonly("handle", &cpu::DispatchCall::handle)
+      .def_readonly("result", &cpu::DispatchCall::result)
       .def_readonly("counts", &cpu::DispatchCall::counts)
       .def_property_readonly("sent", [](const cpu::DispatchCall& call) { return call.sent; })
       .def_property_readonly("received", [](const cpu::DispatchCall& call) { return call.received; });
@@ -138,7 +141,7 @@ void bind_calls(py::module_& m) {
 
 std::shared_ptr<cpu::DispatchCall> dispatch(cpu::Rank& rank, int lane, int slot, uintptr_t x, int64_t x_pitch,
                                             int num_tokens, int payload_bytes, uintptr_t scales, int64_t scales_pitch,
-                                            int scale_bytes, uintptr_t topk_idx, int topk_idx_bytes,
+                                            int scale_bytes, int format_code, uintptr_t topk_idx, int topk_idx_bytes,
                                             uintptr_t topk_weights, da::Cast cast, da::ScaleFormat scale_format,
                                             bool zero_padding, bool fixed_shapes, std::shared_ptr<cpu::Handle> cached) {
   da::DispatchArgs args;
@@ -150,7 +153,7 @@ std::shared_ptr<cpu::DispatchCall> dispatch(cpu::Rank& rank, int lane, int slot,
   args.topk_idx_bytes = topk_idx_bytes;
   args.topk_weights = static_cast<const float*>(pointer(topk_weights));
   args.num_tokens = num_tokens;
-  args.format = {payload_bytes, scale_bytes};
+  args.format = {payload_bytes, scale_bytes, format_code};
   args.cast = cast;
   args.scale_format = scale_format;
   args.slot = slot;
@@ -160,11 +163,13 @@ std::shared_ptr<cpu::DispatchCall> dispatch(cpu::Rank& rank, int lane, int slot,
 }
 
 std::shared_ptr<cpu::CombineCall> combine(cpu::Rank& rank, int lane, uintptr_t rows, uintptr_t side, bool weighted,
-                                          uintptr_t out, uintptr_t side_out, std::shared_ptr<cpu::Handle> handle) {
+                                          bool with_side, uintptr_t out, uintptr_t side_out,
+                                          std::shared_ptr<cpu::Handle> handle) {
   da::CombineArgs args;
   args.rows = pointer(rows);
   args.side = static_cast<const float*>(pointer(side));
   args.weighted = weighted;
+  args.with_side = with_side;
   args.out = writable(out);
   args.side_out = static_cast<float*>(writable(side_out));
   return rank.combine(lane, args, std::move(handle));
@@ -186,11 +191,11 @@ void bind_rank(py::module_& m) {
           py::arg("network_seed"))
       .def("dispatch", &dispatch, no_gil, py::kw_only(), py::arg("lane"), py::arg("slot"), py::arg("x"),
            py::arg("x_pitch"), py::arg("num_tokens"), py::arg("payload_bytes"), py::arg("scales"),
-           py::arg("scales_pitch"), py::arg("scale_bytes"), py::arg("topk_idx"), py::arg("topk_idx_bytes"),
-           py::arg("topk_weights"), py::arg("cast"), py::arg("scale_format"), py::arg("zero_padding"),
-           py::arg("fixed_shapes"), py::arg("cached"))
+           py::arg("scales_pitch"), py::arg("scale_bytes"), py::arg("format_code"), py::arg("topk_idx"),
+           py::arg("topk_idx_bytes"), py::arg("topk_weights"), py::arg("cast"), py::arg("scale_format"),
+           py::arg("zero_padding"), py::arg("fixed_shapes"), py::arg("cached"))
       .def("combine", &combine, no_gil, py::kw_only(), py::arg("lane"), py::arg("rows"), py::arg("side"),
-           py::arg("weighted"), py::arg("out"), py::arg("side_out"), py::arg("handle"))
+           py::arg("weighted"), py::arg("with_side"), py::arg("out"), py::arg("side_out"), py::arg("handle"))
       .def(
           "receive_dispatch",
           [](cpu::Rank& rank, cpu::DispatchCall& call, uintptr_t owned_rows, uintptr_t owned_scales) {
@@ -228,7 +233,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_errors();
   bind_shape(m);
   bind_window(m);
-  bind_handle(m);
+  bind_received(m);
   bind_calls(m);
   bind_rank(m);
   bind_row_math(m);

@@ -14,7 +14,8 @@ Combine::Combine(Transport& transport, const CombineArgs& args, std::shared_ptr<
       shape_(transport.shape()),
       args_(args),
       handle_(std::move(handle)),
-      stream_row_(StreamRow::combine(shape_, args.side != nullptr)),
+      tag_(Tag::combine(args.with_side)),
+      stream_row_(StreamRow::combine(shape_, args.with_side)),
       chunks_seen_(static_cast<size_t>(shape_.topology.num_peer_nodes()), 0) {}
 
 void Combine::send(const Turn& turn) {
@@ -37,24 +38,24 @@ void Combine::c1_ready(const Turn& turn) {
   if (shape_.layout != Layout::kRank) {
     c1b_own_rows(turn);
   } else if (args_.rows != own) {  // not lent
-    std::memmove(own, args_.rows, static_cast<size_t>(handle_->num_rank_rows * shape_.max_payload_bytes()));
+    std::memmove(own, args_.rows, static_cast<size_t>(handle_->received.num_rank_rows * shape_.max_payload_bytes()));
   }
-  if (args_.side != nullptr) c1_side(turn);
-  transport_.signal_node(turn, Region::kReadyFlag, transport_.local_rank());
+  if (args_.with_side) c1_side(turn);
+  transport_.signal_node(turn, Region::kReadyFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));
 }
 
 void Combine::c1b_own_rows(const Turn& turn) {
   auto* out = reinterpret_cast<uint16_t*>(transport_.region(transport_.rank(), Region::kCombineRows, turn.lane));
   const auto* rows = static_cast<const uint16_t*>(args_.rows);
   const int topk = shape_.num_topk;
-  for (int64_t rank_row = 0; rank_row < handle_->num_rank_rows; ++rank_row) {
+  for (int64_t rank_row = 0; rank_row < handle_->received.num_rank_rows; ++rank_row) {
     const uint16_t* terms[kMaxTopk];
     float weights[kMaxTopk];
     int count = 0;
     for (int64_t entry = rank_row * topk; entry < (rank_row + 1) * topk; ++entry) {
-      if (handle_->expert_rows[entry] < 0) continue;
-      terms[count] = rows + int64_t{handle_->expert_rows[entry]} * shape_.hidden;
-      weights[count++] = handle_->topk_weights[entry];
+      if (handle_->received.expert_rows[entry] < 0) continue;
+      terms[count] = rows + int64_t{handle_->received.expert_rows[entry]} * shape_.hidden;
+      weights[count++] = handle_->received.topk_weights[entry];
     }
     weigh_rows(terms, args_.weighted ? weights : nullptr, count, out + rank_row * shape_.hidden, shape_.hidden);
   }
@@ -62,21 +63,21 @@ void Combine::c1b_own_rows(const Turn& turn) {
 
 void Combine::c1_side(const Turn& turn) {
   auto* out = reinterpret_cast<float*>(transport_.region(transport_.rank(), Region::kCombineSide, turn.lane));
-  const int64_t entries = handle_->num_rank_rows * shape_.num_topk;
+  const int64_t entries = handle_->received.num_rank_rows * shape_.num_topk;
   if (shape_.layout == Layout::kRank) {
     std::memcpy(out, args_.side, static_cast<size_t>(entries) * sizeof(float));
     return;
   }
   for (int64_t entry = 0; entry < entries; ++entry) {
-    const int32_t row = handle_->expert_rows[entry];
+    const int32_t row = handle_->received.expert_rows[entry];
     out[entry] = row >= 0 ? args_.side[row] : 0.0f;
   }
 }
 
 void Combine::c2_wait_ready(const Turn& turn, Step step) {
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
-    transport_.wait(turn, transport_.word(transport_.rank(), Region::kReadyFlag, turn.lane, local), turn.epoch,
-                    {step, transport_.neighbour(local)});
+    transport_.wait_tagged(turn, transport_.word(transport_.rank(), Region::kReadyFlag, turn.lane, local), tag_,
+                           {step, transport_.neighbour(local)});
   }
 }
 
@@ -115,12 +116,12 @@ void Combine::c3_relay(const Turn& turn) {
   for (int stream = 0; stream < streams; ++stream) {
     const std::vector<RouteEntry>& routes = handle_->relay_routes[stream];
     const int num_rows = static_cast<int>(routes.size()) / shape_.num_topk;
-    OutStream out(transport_, turn, stream, stream_row_.bytes, num_rows);
+    OutStream out(transport_, turn, stream, tag_, stream_row_.bytes, num_rows);
     for (int row = 0; row < num_rows; ++row) {
       const RouteEntry* entries = &routes[static_cast<size_t>(row) * shape_.num_topk];
       const NodeRows terms = gather(turn, entries);
       add_rows({terms.rows, terms.count, 0, terms.count}, reinterpret_cast<uint16_t*>(out.next_row()), shape_.hidden);
-      if (args_.side != nullptr) {
+      if (args_.with_side) {
         gather_side(turn, entries, reinterpret_cast<float*>(out.next_row() + stream_row_.side_offset));
       }
       out.row_written();
@@ -132,8 +133,8 @@ void Combine::c3_relay(const Turn& turn) {
 const uint16_t* Combine::stream_row(const Turn& turn, int stream, int row) {
   const int chunk = row / rows_per_chunk(shape_);
   for (; chunks_seen_[stream] <= chunk; ++chunks_seen_[stream]) {
-    transport_.wait(turn, chunk_word(transport_, turn, stream, chunks_seen_[stream]), turn.epoch,
-                    {Step::kC4AddNodes, transport_.rail_peer(stream)});
+    transport_.wait_tagged(turn, chunk_word(transport_, turn, stream, chunks_seen_[stream]), tag_,
+                           {Step::kC4AddNodes, transport_.rail_peer(stream)});
   }
   const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
   return reinterpret_cast<const uint16_t*>(in + stream_offset(shape_, stream) + row * stream_row_.bytes);
@@ -146,7 +147,7 @@ void Combine::c2_c4_sum(const Turn& turn) {
   for (int token = 0; token < handle_->num_tokens; ++token) {
     const RouteEntry* entries = &handle_->routes[static_cast<size_t>(token) * topk];
     const int32_t* stream_rows = &handle_->stream_rows[static_cast<size_t>(token) * topk];
-    float* side = args_.side != nullptr ? args_.side_out + int64_t{token} * topk : nullptr;
+    float* side = args_.with_side ? args_.side_out + int64_t{token} * topk : nullptr;
     if (side != nullptr) {
       std::fill(side, side + topk, 0.0f);
       gather_side(turn, entries, side);
@@ -187,7 +188,7 @@ void Combine::c2_c4_sum(const Turn& turn) {
 }
 
 void Combine::c5_credit_returned(const Turn& turn) {
-  transport_.signal_node(turn, Region::kReadFlag, transport_.local_rank());
+  transport_.signal_node(turn, Region::kReadFlag, transport_.local_rank(), turn.epoch);
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
     transport_.wait(turn, transport_.word(transport_.rank(), Region::kReadFlag, turn.lane, local), turn.epoch,
                     {Step::kC5CreditReturned, transport_.neighbour(local)});

@@ -46,6 +46,7 @@ class Combine {
   const Shape& shape_;
   const CombineArgs args_;
   const std::shared_ptr<const Handle> handle_;
+  const uint32_t tag_;
   const StreamRow stream_row_;
   std::vector<int> chunks_seen_;  // by stream: chunks known to have arrived
 };

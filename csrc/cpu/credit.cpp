@@ -23,7 +23,7 @@ void wait_lane_credit(Transport& transport, const Turn& turn, Step step) {
 
 void give_lane_credit(Transport& transport, const Turn& turn) {
   const int64_t idx = credit_idx(turn.epoch, transport.topology(), transport.rank());
-  transport.signal_node(turn, Region::kLaneCredit, idx);
+  transport.signal_node(turn, Region::kLaneCredit, idx, turn.epoch);
   for (int stream = 0; stream < transport.topology().num_peer_nodes(); ++stream) {
     const int peer = transport.rail_peer(stream);
     transport.put_signal(peer, turn.lane, nullptr, nullptr, 0,

@@ -18,19 +18,21 @@ void store_counts(Transport& transport, const Turn& turn, int source, const char
     char* counts = transport.region(transport.neighbour(local), Region::kCounts, turn.lane);
     std::memcpy(counts + source * bytes, vector, static_cast<size_t>(bytes));
   }
-  transport.signal_node(turn, Region::kCountsFlag, source);
+  transport.signal_node(turn, Region::kCountsFlag, source, turn.epoch);
 }
 
 }  // namespace
 
 Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
-                   uint64_t slot_use)
+                   std::shared_ptr<Received> result, uint64_t slot_use)
     : transport_(transport),
       shape_(transport.shape()),
       args_(args),
       handle_(std::move(handle)),
       cached_(cached),
+      result_(std::move(result)),
       slot_use_(slot_use),
+      tag_(Tag::dispatch(args.slot, args.format.code, cached)),
       stream_row_(StreamRow::dispatch(shape_, args.format, cached)),
       slot_(transport, args.slot, args.format,
             int64_t{args.num_tokens} * args.format.payload_bytes > kStreamingInputBytes) {}
@@ -47,15 +49,20 @@ void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
     d2_relay(turn);
     d3_bases(turn);
   }
+  *result_ = handle_->received;
   on_counts();
+  d0_slot_credit(turn);
   d4_send_own_node(turn);
+  counts_ = {};  // a handle keeps this object alive
+  cast_rows_ = {};
 }
 
 void Dispatch::receive(const Turn& turn, const OwnedOutput& owned) {
   d5_relay(turn);
+  bases_.reset();
   d6_arrival(turn);
+  if (owned.rows != nullptr) slot_.copy_out(handle_->received, owned, args_.zero_padding);
   finish(turn);
-  if (owned.rows != nullptr) slot_.copy_out(*handle_, owned, args_.zero_padding);
 }
 
 void Dispatch::release(const Turn& turn) {
@@ -63,14 +70,14 @@ void Dispatch::release(const Turn& turn) {
   settled_ = true;
 }
 
-void Dispatch::d0_credit(const Turn& turn) {
-  wait_lane_credit(transport_, turn, Step::kD0Credit);
-  wait_slot_credit(transport_, turn, args_.slot, slot_use_ - 1);
-}
+void Dispatch::d0_credit(const Turn& turn) { wait_lane_credit(transport_, turn, Step::kD0Credit); }
+
+// Not needed before the first store into the slot; by then all ranks have agreed on which slot that is.
+void Dispatch::d0_slot_credit(const Turn& turn) { wait_slot_credit(transport_, turn, args_.slot, slot_use_ - 1); }
 
 void Dispatch::d1_count() {
   counts_.resize(static_cast<size_t>(CountVector::bytes(shape_)));
-  count_tokens(shape_, transport_.node(), args_, *handle_, CountVector::at(shape_, counts_.data()));
+  count_tokens(shape_, transport_.node(), args_, tag_, *handle_, CountVector::at(shape_, counts_.data()));
 }
 
 void Dispatch::d2_exchange(const Turn& turn) {
@@ -115,19 +122,23 @@ void Dispatch::d3_bases(const Turn& turn) {
   for (RouteEntry& entry : handle_->routes) {
     if (bases_->on_node(entry.expert)) bases_->apply(transport_.rank(), entry);
   }
-  fill_received_counts(shape_, transport_.rank(), counts, args_.fixed_shapes, *handle_);
+  handle_->received = count_received(shape_, transport_.rank(), counts, args_.fixed_shapes);
 }
 
-// Every rank comes here with the same verdict. What is on its way to this rank as a relay is waited for and dropped.
+// Every rank comes here with the same verdict. What is on its way to this rank as a relay is waited for and dropped;
+// the slot counts as used and released, in its turn.
 void Dispatch::refuse(const Turn& turn, const Verdict& verdict) {
   drain_streams(
-      transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); }, [](int, int, int) {});
+      transport_, turn, Step::kD5Relay, std::nullopt, [&](int stream) { return num_relay_rows(stream); },
+      [](int, int, int) {});
   finish(turn);
   if (verdict.slots_disagree) {
     settled_ = true;
     transport_.poison(verdict.refusal);
+  } else {
+    d0_slot_credit(turn);
+    release(turn);
   }
-  release(turn);
   std::rethrow_exception(verdict.refusal);
 }
 
@@ -157,7 +168,7 @@ void Dispatch::d4_send_nodes(const Turn& turn) {
   const int topk = shape_.num_topk;
   std::vector<OutStream> streams;
   for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
-    streams.emplace_back(transport_, turn, stream, stream_row_.bytes,
+    streams.emplace_back(transport_, turn, stream, tag_, stream_row_.bytes,
                          handle_->node_rows[shape_.topology.stream_node(transport_.node(), stream)]);
   }
   if (streams.empty()) return;
@@ -191,7 +202,7 @@ void Dispatch::d4_send_own_node(const Turn& turn) {
   for (int token = 0; token < args_.num_tokens; ++token) {
     slot_.place(&handle_->routes[static_cast<size_t>(token) * shape_.num_topk], input_row(token), !cached_);
   }
-  transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank());
+  transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));
 }
 
 int Dispatch::num_relay_rows(int stream) const {
@@ -202,7 +213,7 @@ void Dispatch::d5_relay(const Turn& turn) {
   if (shape_.topology.num_peer_nodes() == 0) return;
   const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
   drain_streams(
-      transport_, turn, Step::kD5Relay, [&](int stream) { return num_relay_rows(stream); },
+      transport_, turn, Step::kD5Relay, tag_, [&](int stream) { return num_relay_rows(stream); },
       [&](int stream, int first_row, int end_row) {
         const int source = transport_.rail_peer(stream);
         for (int64_t row = first_row; row < end_row; ++row) {
@@ -219,20 +230,22 @@ void Dispatch::d5_relay(const Turn& turn) {
                       !cached_);
         }
       });
-  transport_.signal_node(turn, Region::kRelayedFlag, transport_.local_rank());
+  transport_.signal_node(turn, Region::kRelayedFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));
 }
 
 void Dispatch::d6_arrival(const Turn& turn) {
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
     const int peer = transport_.neighbour(local);
-    transport_.wait(turn, transport_.word(transport_.rank(), Region::kSentFlag, turn.lane, local), turn.epoch,
-                    {Step::kD6Sent, peer});
+    transport_.wait_tagged(turn, transport_.word(transport_.rank(), Region::kSentFlag, turn.lane, local), tag_,
+                           {Step::kD6Sent, peer});
     if (shape_.topology.num_peer_nodes() == 0) continue;
-    transport_.wait(turn, transport_.word(transport_.rank(), Region::kRelayedFlag, turn.lane, local), turn.epoch,
-                    {Step::kD6Relayed, peer});
+    transport_.wait_tagged(turn, transport_.word(transport_.rank(), Region::kRelayedFlag, turn.lane, local), tag_,
+                           {Step::kD6Relayed, peer});
   }
-  if (args_.zero_padding) slot_.zero_padding(*handle_);
-  if (!cached_) slot_.keep_routing(*handle_);
+  if (args_.zero_padding) slot_.zero_padding(handle_->received);
+  if (cached_) return;
+  slot_.keep_routing(handle_->received);
+  slot_.keep_routing(*result_);
 }
 
 void Dispatch::finish(const Turn& turn) { give_lane_credit(transport_, turn); }

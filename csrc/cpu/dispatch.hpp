@@ -18,8 +18,9 @@ class Dispatch {
  public:
   // With `cached`, `handle` is that of an earlier dispatch and stays as it is; otherwise it is filled.
   // `slot_use` is the number of this use of the slot, from 1.
+  // `result` is the caller's copy of what the handle receives, to do with as they like.
   Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
-           uint64_t slot_use);
+           std::shared_ptr<Received> result, uint64_t slot_use);
 
   // D0 to D4. Calls `on_counts` once the sizes of the result are known. Throws if the dispatch is refused: then
   // everything of it is settled, on every rank, and receive() must not follow.
@@ -31,6 +32,7 @@ class Dispatch {
 
  private:
   void d0_credit(const Turn& turn);
+  void d0_slot_credit(const Turn& turn);
   void d1_count();
   void d2_exchange(const Turn& turn);
   void d2_relay(const Turn& turn);
@@ -51,7 +53,9 @@ class Dispatch {
   DispatchArgs args_;
   std::shared_ptr<Handle> handle_;
   const bool cached_;
+  const std::shared_ptr<Received> result_;
   const uint64_t slot_use_;
+  const uint32_t tag_;
   const StreamRow stream_row_;
   Slot slot_;
   std::vector<char> counts_;     // own count vector

@@ -9,14 +9,8 @@
 
 namespace deep_a2a::cpu {
 
-struct Handle {
-  // Source: [num_tokens, num_topk]. Rows of entries for the own node are final, those for other nodes are places.
-  int num_tokens = 0;
-  std::vector<RouteEntry> routes;
-  std::vector<int32_t> stream_rows;  // the token's row in the stream to the slot's node; -1: own node or no expert
-  std::vector<int32_t> node_rows;    // [num_nodes] rows sent to each node
-
-  // Receiver: [num_rank_rows, num_topk] unless noted; sized when the counts are known, filled at arrival.
+// What a receiver knows: [num_rank_rows, num_topk] unless noted; sized when the counts are known, filled at arrival.
+struct Received {
   int64_t num_rows = 0;
   int64_t num_rank_rows = 0;
   std::vector<int32_t> num_received;  // num_rows, num_rank_rows
@@ -27,6 +21,16 @@ struct Handle {
   std::vector<int32_t> rows_per_expert;  // [num_local_experts]
   std::vector<int32_t> expert_offsets;   // [num_local_experts + 1]
   std::vector<int32_t> expert_load;      // [num_experts], all ranks together
+};
+
+struct Handle {
+  // Source: [num_tokens, num_topk]. Rows of entries for the own node are final, those for other nodes are places.
+  int num_tokens = 0;
+  std::vector<RouteEntry> routes;
+  std::vector<int32_t> stream_rows;  // the token's row in the stream to the slot's node; -1: own node or no expert
+  std::vector<int32_t> node_rows;    // [num_nodes] rows sent to each node
+
+  Received received;
 
   // Relay: by stream, [rows of the stream, num_topk] with final rows.
   std::vector<std::vector<RouteEntry>> relay_routes;

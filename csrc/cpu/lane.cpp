@@ -1,5 +1,7 @@
 #include "cpu/lane.hpp"
 
+#include "cpu/errors.hpp"
+
 namespace deep_a2a::cpu {
 
 void Event::set(std::exception_ptr error) {
@@ -15,25 +17,35 @@ bool Event::is_set() const {
   return set_;
 }
 
+std::exception_ptr Event::error() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return error_;
+}
+
 void Event::wait() {
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait(lock, [this] { return set_; });
   if (error_) std::rethrow_exception(error_);
 }
 
-Lane::~Lane() {
+void Lane::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
   }
   wake_.notify_all();
-  thread_.join();
+  std::lock_guard<std::mutex> lock(join_mutex_);
+  if (thread_.joinable()) thread_.join();
 }
 
 std::shared_ptr<Event> Lane::enqueue(std::function<void(const Turn&)> work, bool new_epoch) {
   auto event = std::make_shared<Event>();
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) {
+      event->set(std::make_exception_ptr(CommError("the Buffer was destroyed")));
+      return event;
+    }
     jobs_.push_back({std::move(work), new_epoch, event});
   }
   wake_.notify_one();

@@ -19,7 +19,8 @@ class Event {
  public:
   void set(std::exception_ptr error = nullptr);
   bool is_set() const;
-  void wait();  // rethrows the error it was set with
+  void wait();                       // rethrows the error it was set with
+  std::exception_ptr error() const;  // null if it was not set, or set without one
 
  private:
   mutable std::mutex mutex_;
@@ -31,7 +32,9 @@ class Event {
 class Lane {
  public:
   explicit Lane(int idx) : turn_{idx, 0}, thread_([this] { run(); }) {}
-  ~Lane();  // after everything enqueued has run
+  ~Lane() { stop(); }
+  // Runs what was enqueued, then ends the thread. Later work fails at once.
+  void stop();
 
   // Begins a new epoch and runs `work` in it. The event carries what it throws.
   std::shared_ptr<Event> begin(std::function<void(const Turn&)> work) { return enqueue(std::move(work), true); }
@@ -53,6 +56,7 @@ class Lane {
   std::condition_variable wake_;
   std::deque<Job> jobs_;
   bool stopping_ = false;
+  std::mutex join_mutex_;
   std::thread thread_;  // last: everything it uses exists by then
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
 
 namespace deep_a2a::cpu {
 namespace {
@@ -34,8 +35,11 @@ DisturbedNetwork::~DisturbedNetwork() {
 
 void DisturbedNetwork::submit(const Put& put) {
   std::lock_guard<std::mutex> lock(mutex_);
+  const auto same_word = [&](const Pending& other) { return other.put.word == put.word; };
+  if (std::any_of(pending_.begin(), pending_.end(), same_word)) violation_ = "two puts in flight for one word";
+  if (!violation_.empty()) throw std::logic_error(violation_);
   const int64_t pieces = put.bytes > 0 ? 1 + static_cast<int64_t>(random_() % kMaxPieces) : 0;
-  Pending pending{put, {}, pieces > 0 ? (put.bytes + pieces - 1) / pieces : 0};
+  Pending pending{put, {put.from, put.from + put.bytes}, {}, pieces > 0 ? (put.bytes + pieces - 1) / pieces : 0};
   for (int64_t start = 0; start < put.bytes; start += pending.piece_bytes) pending.pieces.push_back(start);
   std::shuffle(pending.pieces.begin(), pending.pieces.end(), random_);
   pending_.push_back(std::move(pending));
@@ -63,6 +67,9 @@ void DisturbedNetwork::step(std::unique_lock<std::mutex>& lock) {
   Pending& pending = pending_[chosen];
   if (pending.pieces.empty()) {
     const Put put = pending.put;
+    if (!std::equal(pending.promised.begin(), pending.promised.end(), put.from)) {
+      violation_ = "the source of a put was changed before it was delivered";
+    }
     pending_.erase(pending_.begin() + static_cast<int64_t>(chosen));
     lock.unlock();
     set_word(put);

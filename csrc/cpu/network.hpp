@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -28,7 +29,8 @@ struct Put {
 void deliver(const Put& put);
 
 // Delivers puts from a thread of its own, in an order drawn from `seed`: late, in small pieces, pieces of several puts
-// interleaved, signals overtaking other puts and other signals. Only the bytes of a put precede its own signal.
+// interleaved, signals overtaking other puts and other signals. Only the bytes of a put precede its own signal. Watches
+// the rules that a real network relies on: one put in flight per word, sources left alone.
 class DisturbedNetwork {
  public:
   explicit DisturbedNetwork(uint64_t seed);
@@ -39,6 +41,7 @@ class DisturbedNetwork {
  private:
   struct Pending {
     Put put;
+    std::vector<char> promised;   // the bytes as they were when submitted: the source may not touch them
     std::vector<int64_t> pieces;  // starts of the pieces still to be copied, in random order
     int64_t piece_bytes;
   };
@@ -50,6 +53,7 @@ class DisturbedNetwork {
   std::condition_variable wake_;
   std::vector<Pending> pending_;
   std::mt19937_64 random_;
+  std::string violation_;  // the first rule of put_signal that was broken; the next submit reports it
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -1,5 +1,6 @@
 #include "cpu/plan.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
@@ -56,37 +57,50 @@ std::vector<int64_t> tokens_per_expert(const Shape& s, const AllCounts& counts) 
   return tokens;
 }
 
+// The rank that needs most is named, so that its need is what to ask for.
 std::exception_ptr find_overflow(const Shape& s, const AllCounts& counts) {
   const std::vector<int64_t> tokens = tokens_per_expert(s, counts);
+  int64_t most_rows = 0, most_tokens = 0;
+  int fullest_rank = 0, fullest_expert = 0;
   for (int rank = 0; rank < s.topology.num_ranks; ++rank) {
     int64_t rank_rows = 0, rows = 0;
     for (int source = 0; source < s.topology.num_ranks; ++source) rank_rows += counts.of(source).rank_rows[rank];
     for (int local = 0; local < s.num_local_experts(); ++local) {
       const int expert = rank * s.num_local_experts() + local;
       rows += group_rows(s, tokens[expert]);
-      if (s.layout == Layout::kPadded && tokens[expert] > s.expert_capacity) {
-        return overflow("rank ", rank, " would receive ", tokens[expert], " tokens for expert ", expert,
-                        ", but expert_capacity is ", s.expert_capacity);
+      if (tokens[expert] > most_tokens) {
+        most_tokens = tokens[expert];
+        fullest_expert = expert;
       }
     }
-    if (s.layout == Layout::kRank) rows = rank_rows;
-    if (rows > s.slot_rows() || rank_rows > s.slot_rank_rows()) {
-      return overflow("rank ", rank, " would receive ", rows, " rows, but max_recv_rows is ", s.slot_rows());
+    rows = std::max(rows, rank_rows);
+    if (rows > most_rows) {
+      most_rows = rows;
+      fullest_rank = rank;
     }
   }
-  return nullptr;
+  if (s.layout == Layout::kPadded) {
+    if (most_tokens <= s.expert_capacity) return nullptr;
+    return overflow("expert ", fullest_expert, " of rank ", s.rank_of_expert(fullest_expert), " would receive ",
+                    most_tokens, " tokens, the most of all, but expert_capacity is ", s.expert_capacity);
+  }
+  if (most_rows <= s.slot_rows()) return nullptr;
+  return overflow("rank ", fullest_rank, " would receive ", most_rows, " rows, the most of all, but max_recv_rows is ",
+                  s.slot_rows());
 }
 
 }  // namespace
 
-void count_tokens(const Shape& s, int node, const DispatchArgs& args, Handle& handle, CountVector counts) {
+void count_tokens(const Shape& s, int node, const DispatchArgs& args, uint32_t tag, Handle& handle,
+                  CountVector counts) {
   const int topk = s.num_topk;
   const size_t entries = static_cast<size_t>(args.num_tokens) * topk;
   handle.num_tokens = args.num_tokens;
   handle.routes.assign(entries, {-1, 0.0f, -1, -1});
   handle.stream_rows.assign(entries, -1);
   std::memset(counts.header, 0, static_cast<size_t>(CountVector::bytes(s)));
-  *counts.header = {args.num_tokens, args.format.payload_bytes, args.format.scale_bytes, args.slot, -1, 0, 0};
+  *counts.header = {
+      args.num_tokens, args.format.payload_bytes, args.format.scale_bytes, static_cast<int32_t>(tag), -1, 0, 0};
 
   for (int token = 0; token < args.num_tokens; ++token) {
     RouteEntry* route = &handle.routes[static_cast<size_t>(token) * topk];
@@ -123,14 +137,18 @@ Verdict agree(const Shape& s, const AllCounts& counts) {
   const CountHeader& first = *counts.of(0).header;
   for (int rank = 1; rank < s.topology.num_ranks; ++rank) {
     const CountHeader& other = *counts.of(rank).header;
-    if (other.slot != first.slot) {
-      return {mismatch("rank ", rank, " dispatches into slot ", other.slot, ", rank 0 into slot ", first.slot,
+    const int slot = Tag::slot(static_cast<uint32_t>(other.tag)),
+              expected = Tag::slot(static_cast<uint32_t>(first.tag));
+    if (slot != expected) {
+      return {mismatch("rank ", rank, " dispatches into slot ", slot, ", rank 0 into slot ", expected,
                        ": results must be released in the same order on every rank"),
               true};
     }
-    if (other.payload_bytes != first.payload_bytes || other.scale_bytes != first.scale_bytes) {
+    if (other.tag != first.tag || other.payload_bytes != first.payload_bytes ||
+        other.scale_bytes != first.scale_bytes) {
       return {mismatch("rank ", rank, " dispatches rows of ", other.payload_bytes, " bytes with ", other.scale_bytes,
-                       " bytes of scales, rank 0 rows of ", first.payload_bytes, " with ", first.scale_bytes)};
+                       " bytes of scales (format ", other.tag, "), rank 0 rows of ", first.payload_bytes, " with ",
+                       first.scale_bytes, " (format ", first.tag, "): x has different dtypes")};
     }
   }
   for (int rank = 0; rank < s.topology.num_ranks; ++rank) {
@@ -174,26 +192,28 @@ Bases::Bases(const Shape& s, int node, const AllCounts& counts)
   }
 }
 
-void fill_received_counts(const Shape& s, int rank, const AllCounts& counts, bool fixed_shapes, Handle& handle) {
+Received count_received(const Shape& s, int rank, const AllCounts& counts, bool fixed_shapes) {
+  Received received;
   const std::vector<int64_t> tokens = tokens_per_expert(s, counts);
   const auto own = tokens.begin() + rank * s.num_local_experts();
-  handle.expert_load.assign(tokens.begin(), tokens.end());
-  handle.rows_per_expert.assign(own, own + s.num_local_experts());
-  handle.rows_per_rank.resize(static_cast<size_t>(s.topology.num_ranks));
+  received.expert_load.assign(tokens.begin(), tokens.end());
+  received.rows_per_expert.assign(own, own + s.num_local_experts());
   for (int source = 0; source < s.topology.num_ranks; ++source) {
-    handle.rows_per_rank[source] = counts.of(source).rank_rows[rank];
+    received.rows_per_rank.push_back(counts.of(source).rank_rows[rank]);
   }
-  handle.expert_offsets.assign(1, 0);
-  for (const int64_t expert_tokens : handle.rows_per_expert) {
-    handle.expert_offsets.push_back(handle.expert_offsets.back() + static_cast<int32_t>(group_rows(s, expert_tokens)));
+  received.expert_offsets.assign(1, 0);
+  for (const int64_t expert_tokens : received.rows_per_expert) {
+    received.expert_offsets.push_back(received.expert_offsets.back() +
+                                      static_cast<int32_t>(group_rows(s, expert_tokens)));
   }
-  handle.num_rank_rows = std::accumulate(handle.rows_per_rank.begin(), handle.rows_per_rank.end(), int64_t{0});
-  handle.num_rows = s.layout == Layout::kRank ? handle.num_rank_rows : handle.expert_offsets.back();
-  handle.num_received = {static_cast<int32_t>(handle.num_rows), static_cast<int32_t>(handle.num_rank_rows)};
-  const auto entries = static_cast<size_t>((fixed_shapes ? s.slot_rank_rows() : handle.num_rank_rows) * s.num_topk);
-  handle.topk_idx.assign(entries, -1);
-  handle.topk_weights.assign(entries, 0.0f);
-  handle.expert_rows.assign(entries, -1);
+  received.num_rank_rows = std::accumulate(received.rows_per_rank.begin(), received.rows_per_rank.end(), int64_t{0});
+  received.num_rows = s.layout == Layout::kRank ? received.num_rank_rows : received.expert_offsets.back();
+  received.num_received = {static_cast<int32_t>(received.num_rows), static_cast<int32_t>(received.num_rank_rows)};
+  const auto entries = static_cast<size_t>((fixed_shapes ? s.slot_rank_rows() : received.num_rank_rows) * s.num_topk);
+  received.topk_idx.assign(entries, -1);
+  received.topk_weights.assign(entries, 0.0f);
+  received.expert_rows.assign(entries, -1);
+  return received;
 }
 
 }  // namespace deep_a2a::cpu

@@ -11,7 +11,8 @@
 namespace deep_a2a::cpu {
 
 // D1. Fills the source part of `handle` (routes hold places) and the count vector of this rank.
-void count_tokens(const Shape& shape, int node, const DispatchArgs& args, Handle& handle, CountVector counts);
+void count_tokens(const Shape& shape, int node, const DispatchArgs& args, uint32_t tag, Handle& handle,
+                  CountVector counts);
 
 // The count vectors of all ranks, as they lie in the window.
 class AllCounts {
@@ -53,8 +54,7 @@ class Bases {
   std::vector<int32_t> expert_bases_;  // [sources, experts of the node]
 };
 
-// The receiver part of `handle`; the routing of its rank rows is sized (for the whole slot with `fixed_shapes`), not
-// filled.
-void fill_received_counts(const Shape& shape, int rank, const AllCounts& counts, bool fixed_shapes, Handle& handle);
+// What `rank` will receive. The routing of its rank rows is sized (for the whole slot with `fixed_shapes`), not filled.
+Received count_received(const Shape& shape, int rank, const AllCounts& counts, bool fixed_shapes);
 
 }  // namespace deep_a2a::cpu

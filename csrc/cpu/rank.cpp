@@ -1,6 +1,7 @@
 #include "cpu/rank.hpp"
 
 #include "common/check.hpp"
+#include "cpu/errors.hpp"
 
 namespace deep_a2a::cpu {
 
@@ -11,31 +12,56 @@ Rank::Rank(const Shape& shape, int rank, std::vector<std::shared_ptr<Window>> wi
   for (int idx = 0; idx < shape.num_lanes; ++idx) lanes_.push_back(std::make_unique<Lane>(idx));
 }
 
+void Rank::close() {
+  for (const auto& lane : lanes_) lane->stop();
+  transport_.close();
+}
+
+std::function<void(const Turn&)> Rank::guarded(std::function<void(const Turn&)> work) {
+  return [this, work = std::move(work)](const Turn& turn) {
+    try {
+      work(turn);
+    } catch (const CommError&) {  // known to the peers, or found by them as well
+      throw;
+    } catch (const std::invalid_argument&) {
+      throw;
+    } catch (...) {
+      transport_.abandon(turn);
+      throw;
+    }
+  };
+}
+
 std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& args, std::shared_ptr<Handle> cached) {
   check(args, cached.get());
   auto call = std::make_shared<DispatchCall>();
   call->lane = lane_idx;
   call->counts = std::make_shared<Event>();
+  call->result = std::make_shared<Received>();
   call->handle = cached != nullptr ? cached : std::make_shared<Handle>();
-  call->dispatch =
-      std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, ++slot_uses_[args.slot]);
-  call->sent = lane(lane_idx).begin([this, dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
+  call->dispatch = std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, call->result,
+                                              ++slot_uses_[args.slot]);
+  const auto send = guarded([this, dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
+    transport_.begin(turn);
+    dispatch->send(turn, [&] { counts->set(); });
+  });
+  call->sent = lane(lane_idx).begin([send, counts = call->counts](const Turn& turn) {
     try {
-      transport_.throw_if_aborted();
-      dispatch->send(turn, [&] { counts->set(); });
+      send(turn);
     } catch (...) {
       counts->set(std::current_exception());
       throw;
     }
   });
+  if (const auto error = call->sent->error()) call->counts->set(error);  // where the lane has stopped, nothing will run
   return call;
 }
 
 void Rank::receive(DispatchCall& call, const OwnedOutput& owned) {
-  call.received = lane(call.lane).resume([dispatch = call.dispatch, sent = call.sent, owned](const Turn& turn) {
+  call.received = lane(call.lane).resume(guarded([dispatch = call.dispatch, sent = call.sent, owned](const Turn& turn) {
     sent->wait();  // has run: rethrows what it failed with
     dispatch->receive(turn, owned);
-  });
+  }));
 }
 
 void Rank::release(DispatchCall& call) {
@@ -46,18 +72,18 @@ std::shared_ptr<CombineCall> Rank::combine(int lane_idx, const CombineArgs& args
   auto call = std::make_shared<CombineCall>();
   call->lane = lane_idx;
   call->combine = std::make_shared<Combine>(transport_, args, std::move(handle));
-  call->sent = lane(lane_idx).begin([this, combine = call->combine](const Turn& turn) {
-    transport_.throw_if_aborted();
+  call->sent = lane(lane_idx).begin(guarded([this, combine = call->combine](const Turn& turn) {
+    transport_.begin(turn);
     combine->send(turn);
-  });
+  }));
   return call;
 }
 
 void Rank::receive(CombineCall& call) {
-  call.received = lane(call.lane).resume([combine = call.combine, sent = call.sent](const Turn& turn) {
+  call.received = lane(call.lane).resume(guarded([combine = call.combine, sent = call.sent](const Turn& turn) {
     sent->wait();
     combine->receive(turn);
-  });
+  }));
 }
 
 Lane& Rank::lane(int idx) {
@@ -75,6 +101,8 @@ void Rank::check(const DispatchArgs& args, const Handle* cached) const {
                      args.format.payload_bytes <= s.max_payload_bytes(),
                  "a row of x must have whole 16 bytes, at most ", s.max_payload_bytes(), ", got ",
                  args.format.payload_bytes);
+  check_argument(args.format.code >= 0 && args.format.code < 128, "the code of a row format must be in [0, 128), got ",
+                 args.format.code);
   check_argument(args.format.scale_bytes >= 0 && args.format.scale_bytes <= s.max_scale_bytes(), "a row of scales has ",
                  args.format.scale_bytes, " bytes, expected at most ", s.max_scale_bytes());
   check_argument(cached == nullptr || cached->num_tokens == args.num_tokens, "x has ", args.num_tokens,

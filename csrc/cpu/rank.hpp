@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -21,7 +22,8 @@ struct Halves {
 class DispatchCall : public Halves {
  public:
   std::shared_ptr<Handle> handle;
-  std::shared_ptr<Event> counts;  // the sizes in `handle` are known
+  std::shared_ptr<Received> result;  // the caller's copy of what the handle received
+  std::shared_ptr<Event> counts;     // the sizes in both are known
 
  private:
   friend class Rank;
@@ -53,11 +55,13 @@ class Rank {
   void receive(CombineCall& call);
   // Gives the slot of a dispatch back once the lane has come to this point.
   void release(DispatchCall& call);
-  // Runs what was launched, then stops the lanes: at most until the deadline. No further call may follow.
-  void close() { lanes_.clear(); }
+  // Runs what was launched, then stops the lanes: at most until the deadline. Later calls fail.
+  void close();
 
  private:
   Lane& lane(int idx);
+  // Work of an operation: on an error that its peers cannot see, tells them not to wait.
+  std::function<void(const Turn&)> guarded(std::function<void(const Turn&)> work);
   void check(const DispatchArgs& args, const Handle* cached) const;
 
   Transport transport_;

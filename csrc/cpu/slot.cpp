@@ -10,12 +10,12 @@ namespace {
 
 // Calls use(first_row, end_row) for what each expert's group holds, or for what lies between the groups.
 template <class Use>
-void for_groups(const Handle& handle, bool padding, Use&& use) {
-  for (size_t expert = 0; expert < handle.rows_per_expert.size(); ++expert) {
-    const int64_t first = handle.expert_offsets[expert];
-    const int64_t end = first + handle.rows_per_expert[expert];
+void for_groups(const Received& received, bool padding, Use&& use) {
+  for (size_t expert = 0; expert < received.rows_per_expert.size(); ++expert) {
+    const int64_t first = received.expert_offsets[expert];
+    const int64_t end = first + received.rows_per_expert[expert];
     if (padding) {
-      use(end, int64_t{handle.expert_offsets[expert + 1]});
+      use(end, int64_t{received.expert_offsets[expert + 1]});
     } else {
       use(first, end);
     }
@@ -79,23 +79,23 @@ void Slot::place_routing(const View& to, int rank, const RouteEntry* entries, in
   }
 }
 
-void Slot::zero_padding(const Handle& handle) {
+void Slot::zero_padding(const Received& received) {
   if (shape_.layout == Layout::kRank) return;
-  for_groups(handle, true, [&](int64_t first, int64_t end) {
+  for_groups(received, true, [&](int64_t first, int64_t end) {
     const auto rows = static_cast<size_t>(end - first);
     std::memset(own().rows + first * format_.payload_bytes, 0, rows * static_cast<size_t>(format_.payload_bytes));
     std::memset(own().scales + first * format_.scale_pitch(), 0, rows * static_cast<size_t>(format_.scale_pitch()));
   });
 }
 
-void Slot::keep_routing(Handle& handle) const {
-  const int64_t entries = handle.num_rank_rows * shape_.num_topk;
-  std::copy_n(own().topk_idx, entries, handle.topk_idx.begin());
-  std::copy_n(own().topk_weights, entries, handle.topk_weights.begin());
-  if (shape_.layout != Layout::kRank) std::copy_n(own().expert_rows, entries, handle.expert_rows.begin());
+void Slot::keep_routing(Received& received) const {
+  const int64_t entries = received.num_rank_rows * shape_.num_topk;
+  std::copy_n(own().topk_idx, entries, received.topk_idx.begin());
+  std::copy_n(own().topk_weights, entries, received.topk_weights.begin());
+  if (shape_.layout != Layout::kRank) std::copy_n(own().expert_rows, entries, received.expert_rows.begin());
 }
 
-void Slot::copy_out(const Handle& handle, const OwnedOutput& owned, bool with_padding) const {
+void Slot::copy_out(const Received& received, const OwnedOutput& owned, bool with_padding) const {
   const auto copy = [&](int64_t first, int64_t end) {
     std::memcpy(static_cast<char*>(owned.rows) + first * format_.payload_bytes,
                 own().rows + first * format_.payload_bytes, static_cast<size_t>((end - first) * format_.payload_bytes));
@@ -105,9 +105,9 @@ void Slot::copy_out(const Handle& handle, const OwnedOutput& owned, bool with_pa
     }
   };
   if (shape_.layout == Layout::kRank || with_padding) {
-    copy(0, handle.num_rows);
+    copy(0, received.num_rows);
   } else {
-    for_groups(handle, false, copy);
+    for_groups(received, false, copy);
   }
 }
 

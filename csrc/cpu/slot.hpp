@@ -26,9 +26,9 @@ class Slot {
   void place(const RouteEntry* entries, const Row& row, bool with_routing);
 
   // The receiver's side, once everything has arrived.
-  void zero_padding(const Handle& handle);
-  void keep_routing(Handle& handle) const;
-  void copy_out(const Handle& handle, const OwnedOutput& owned, bool with_padding) const;
+  void zero_padding(const Received& received);
+  void keep_routing(Received& received) const;
+  void copy_out(const Received& received, const OwnedOutput& owned, bool with_padding) const;
 
  private:
   // The slot's regions at one rank.

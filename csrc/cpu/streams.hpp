@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/transport.hpp"
@@ -17,9 +18,10 @@ inline int64_t stream_offset(const Shape& shape, int stream) {
 // The rows that this rank sends to one other node, through its rail peer there.
 class OutStream {
  public:
-  OutStream(Transport& transport, const Turn& turn, int stream, int64_t row_bytes, int num_rows)
+  OutStream(Transport& transport, const Turn& turn, int stream, uint32_t tag, int64_t row_bytes, int num_rows)
       : transport_(transport),
         turn_(turn),
+        tag_(tag),
         peer_(transport.rail_peer(stream)),
         stream_at_peer_(transport.stream_at_peer(stream)),
         rows_per_chunk_(rows_per_chunk(transport.shape())),
@@ -39,12 +41,13 @@ class OutStream {
     const int64_t start = int64_t{chunk} * rows_per_chunk_ * row_bytes_;
     const int64_t word = int64_t{stream_at_peer_} * max_chunks(transport_.shape()) + chunk;
     transport_.put_signal(peer_, turn_.lane, in_ + start, out_ + start, num_written_ * row_bytes_ - start,
-                          transport_.word(peer_, Region::kChunkFlag, turn_.lane, word), turn_.epoch);
+                          transport_.word(peer_, Region::kChunkFlag, turn_.lane, word), Tag::word(turn_.epoch, tag_));
   }
 
  private:
   Transport& transport_;
   const Turn turn_;
+  const uint32_t tag_;
   const int peer_;
   const int stream_at_peer_;
   const int rows_per_chunk_;
@@ -61,9 +64,10 @@ inline const uint64_t* chunk_word(const Transport& transport, const Turn& turn, 
 }
 
 // Calls use(stream, first_row, end_row) for every chunk that has arrived, until rows_of(stream) rows of each stream
-// have.
+// have. Tags are compared with `tag`, if there is one.
 template <class RowsOf, class Use>
-void drain_streams(Transport& transport, const Turn& turn, Step step, RowsOf&& rows_of, Use&& use) {
+void drain_streams(Transport& transport, const Turn& turn, Step step, std::optional<uint32_t> tag, RowsOf&& rows_of,
+                   Use&& use) {
   const int num_streams = transport.topology().num_peer_nodes();
   const int chunk_rows = rows_per_chunk(transport.shape());
   std::vector<int> done(static_cast<size_t>(num_streams), 0);  // rows
@@ -74,10 +78,12 @@ void drain_streams(Transport& transport, const Turn& turn, Step step, RowsOf&& r
       const int rows = rows_of(stream);
       while (done[stream] < rows) {
         const uint64_t* word = chunk_word(transport, turn, stream, done[stream] / chunk_rows);
-        if (load_acquire(word) < turn.epoch) {
-          missing.push_back({word, turn.epoch, {step, transport.rail_peer(stream)}});
+        const Awaited awaited{step, transport.rail_peer(stream)};
+        if (load_acquire(word) < Tag::word(turn.epoch, 0)) {
+          missing.push_back({word, Tag::word(turn.epoch, 0), awaited, true});
           break;
         }
+        if (tag) transport.wait_tagged(turn, word, *tag, awaited);
         const int end = std::min(done[stream] + chunk_rows, rows);
         use(stream, done[stream], end);
         done[stream] = end;

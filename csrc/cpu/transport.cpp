@@ -52,10 +52,10 @@ void Transport::signal(int rank, int lane, uint64_t* word, uint64_t value) {
   doorbell(rank, lane)->ring();
 }
 
-void Transport::signal_node(const Turn& turn, Region region, int64_t idx) {
+void Transport::signal_node(const Turn& turn, Region region, int64_t idx, uint64_t value) {
   for (int local = 0; local < topology().ranks_per_node; ++local) {
     const int peer = neighbour(local);
-    signal(peer, turn.lane, word(peer, region, turn.lane, idx), turn.epoch);
+    signal(peer, turn.lane, word(peer, region, turn.lane, idx), value);
   }
 }
 
@@ -98,40 +98,72 @@ void Transport::wait_any(const Turn& turn, const std::vector<Condition>& conditi
     if (ready()) return;
     throw_if_aborted();
     const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - start;
-    if (waited >= timeout_) give_up(turn, conditions.front(), waited);
+    if (waited >= timeout_) {
+      const Condition& first = conditions.front();
+      const int shift = first.tagged ? Tag::kBits : 0;
+      const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(waited).count();
+      give_up({Fault::kTimeout, first.awaited.step, rank_, first.awaited.peer, turn.lane, static_cast<uint32_t>(ms),
+               turn.epoch, first.expected >> shift, load_acquire(first.word) >> shift});
+    }
     bell->sleep(rings, std::min(timeout_ - waited, kLongestSleep).count());
   }
 }
 
+void Transport::wait_tagged(const Turn& turn, const uint64_t* word, uint32_t tag, Awaited awaited) {
+  const Condition condition{word, Tag::word(turn.epoch, 0), awaited, true};
+  if (!reached(condition)) wait_any(turn, {condition});
+  const uint32_t seen = Tag::of(load_acquire(word));
+  if (seen != tag) give_up({Fault::kMismatch, awaited.step, rank_, awaited.peer, turn.lane, 0, turn.epoch, tag, seen});
+}
+
+void Transport::begin(const Turn& turn) {
+  throw_if_aborted();
+  store_release(word(rank_, Region::kProgress, turn.lane, 0), turn.epoch);
+}
+
 void Transport::poison(std::exception_ptr error) {
-  std::lock_guard<std::mutex> lock(give_up_mutex_);
+  std::lock_guard<std::mutex> lock(poison_mutex_);
   if (!poisoned_) poison_ = std::move(error);
   poisoned_ = true;
 }
 
-void Transport::throw_if_aborted() const {
-  if (poisoned_) std::rethrow_exception(poison_);
-  const uint64_t aborted_by = abort_word();
-  if (aborted_by == 0) return;
-  FaultRecord record;
-  std::memcpy(&record, region(rank_, Region::kFaults) + (aborted_by - 1) * sizeof(record), sizeof(record));
-  if (record.rank == rank_) throw CommTimeoutError(describe(record));
-  throw PeerAbortError(text("rank ", rank_, " stopped because another rank gave up: ", describe(record)));
+// What is seen first stays the answer, whoever else gives up later.
+void Transport::throw_if_aborted() {
+  if (!poisoned_) {
+    const uint64_t aborted_by = abort_word();
+    if (aborted_by == 0) return;
+    FaultRecord record;
+    std::memcpy(&record, region(rank_, Region::kFaults) + (aborted_by - 1) * sizeof(record), sizeof(record));
+    poison(error_of(record));
+  }
+  std::rethrow_exception(poison_);
+}
+
+std::exception_ptr Transport::error_of(const FaultRecord& record) const {
+  const std::string what = describe(record);
+  if (record.rank != rank_) {
+    return std::make_exception_ptr(
+        PeerAbortError(text("rank ", rank_, " stopped because another rank gave up: ", what)));
+  }
+  if (record.fault == Fault::kMismatch) return std::make_exception_ptr(MismatchError(what));
+  return std::make_exception_ptr(CommTimeoutError(what));
 }
 
 // The first lane of this rank to give up tells everybody; a second one finds the abort word set.
-void Transport::give_up(const Turn& turn, const Condition& condition, std::chrono::nanoseconds waited) {
+void Transport::give_up(const FaultRecord& record) {
   std::lock_guard<std::mutex> lock(give_up_mutex_);
   throw_if_aborted();
-  const FaultRecord record{
-      condition.awaited.step,
-      rank_,
-      condition.awaited.peer,
-      turn.lane,
-      turn.epoch,
-      condition.expected,
-      load_acquire(condition.word),
-      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(waited).count())};
+  tell_all(record);
+  throw_if_aborted();
+  throw std::logic_error("the abort word is set and was not seen");
+}
+
+void Transport::abandon(const Turn& turn) {
+  std::lock_guard<std::mutex> lock(give_up_mutex_);
+  if (abort_word() == 0) tell_all({Fault::kUnexpected, Step::kD0Credit, rank_, rank_, turn.lane, 0, turn.epoch, 0, 0});
+}
+
+void Transport::tell_all(const FaultRecord& record) {
   const int64_t offset = rank_ * static_cast<int64_t>(sizeof(record));
   const uint64_t value = static_cast<uint64_t>(rank_) + 1;
   char* own = region(rank_, Region::kFaults) + offset;
@@ -143,17 +175,37 @@ void Transport::give_up(const Turn& turn, const Condition& condition, std::chron
       if (peer != rank_) std::memcpy(to, own, sizeof(record));
       signal_all_lanes(peer, abort, value);
     } else {  // one lane is woken; the others look at least every kLongestSleep
-      put_signal(peer, turn.lane, to, own, sizeof(record), abort, value);
+      put_signal(peer, record.lane, to, own, sizeof(record), abort, value);
     }
   }
-  throw CommTimeoutError(describe(record));
 }
 
 std::string Transport::describe(const FaultRecord& record) const {
-  return text("rank ", record.rank, " (node ", topology().node_of(record.rank), ") gave up in step ",
-              step_name(record.step), " after ", static_cast<double>(record.waited_ms) / 1000.0, " s waiting for rank ",
-              record.peer, " (node ", topology().node_of(record.peer), "): expected ", record.expected, ", seen ",
-              record.seen, " (lane ", record.lane, ", epoch ", record.epoch, ")");
+  const auto named = [&](int rank) { return text("rank ", rank, " (node ", topology().node_of(rank), ")"); };
+  const std::string where = text(" (lane ", record.lane, ", epoch ", record.epoch, ")");
+  const std::string who = named(record.rank), whom = named(record.peer), step = step_name(record.step);
+  switch (record.fault) {
+    case Fault::kUnexpected:
+      return text(who, " failed by itself, see its own error", where);
+    case Fault::kMismatch:
+      return text(who, " found in step ", step, " that ", whom,
+                  " was called differently (handle, slot, dtype of x, or side): expected ", record.expected, ", seen ",
+                  record.seen, where);
+    case Fault::kTimeout:
+      break;
+  }
+  return text(who, " gave up in step ", step, " after ", record.waited_ms / 1000.0, " s waiting for ", whom,
+              ": expected ", record.expected, ", seen ", record.seen, where, late_ranks(record));
+}
+
+// Whom a rank waits for may itself be waiting: those who have not come to the operation at all are where to look.
+std::string Transport::late_ranks(const FaultRecord& record) const {
+  std::string ranks;
+  for (int rank = 0; rank < topology().num_ranks; ++rank) {
+    if (load_acquire(word(rank, Region::kProgress, record.lane, 0)) >= record.epoch) continue;
+    ranks += text(ranks.empty() ? "" : ", ", rank);
+  }
+  return ranks.empty() ? "; every rank has begun this operation" : "; not begun by rank " + ranks;
 }
 
 }  // namespace deep_a2a::cpu

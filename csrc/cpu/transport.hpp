@@ -62,7 +62,7 @@ class Transport {
   // Release: what this rank stored before is visible to who acquires `value`.
   void signal(int rank, int lane, uint64_t* word, uint64_t value);
   // The same to every rank of the node, at index `idx` of a region of words.
-  void signal_node(const Turn& turn, Region region, int64_t idx);
+  void signal_node(const Turn& turn, Region region, int64_t idx, uint64_t value);
   // As `signal`, but any lane of the rank may be waiting.
   void signal_all_lanes(int rank, uint64_t* word, uint64_t value);
   // `to` and `word` in the window of `rank`; `from` stays untouched until the receiver gives credit.
@@ -75,11 +75,21 @@ class Transport {
     const uint64_t* word;
     uint64_t expected;
     Awaited awaited;
+    bool tagged = false;
   };
   void wait_any(const Turn& turn, const std::vector<Condition>& conditions);
+  // As `wait` for a word with a tag; MismatchError, for everybody, where the tag is not `tag`.
+  void wait_tagged(const Turn& turn, const uint64_t* word, uint32_t tag, Awaited awaited);
+
+  // An operation begins: told to those who may have to name who is late.
+  void begin(const Turn& turn);
+  // This rank cannot go on for a reason of its own: nobody needs to wait for it.
+  void abandon(const Turn& turn);
+  // Delivers what is on its way. No put may follow.
+  void close() { disturbed_.reset(); }
 
   // Throws when this rank or another has given up, or after poison().
-  void throw_if_aborted() const;
+  void throw_if_aborted();
   // For errors that every rank finds by itself and that no later operation can survive.
   void poison(std::exception_ptr error);
 
@@ -92,8 +102,11 @@ class Transport {
     return reinterpret_cast<Doorbell*>(region(rank, Region::kDoorbell, lane));
   }
   uint64_t abort_word() const { return load_acquire(word(rank_, Region::kAbort, 0, 0)); }
-  [[noreturn]] void give_up(const Turn& turn, const Condition& condition, std::chrono::nanoseconds waited);
+  [[noreturn]] void give_up(const FaultRecord& record);
+  void tell_all(const FaultRecord& record);
+  std::exception_ptr error_of(const FaultRecord& record) const;
   std::string describe(const FaultRecord& record) const;
+  std::string late_ranks(const FaultRecord& record) const;
 
   const Shape shape_;
   const WindowLayout layout_;
@@ -101,6 +114,7 @@ class Transport {
   const std::vector<std::shared_ptr<Window>> windows_;
   const std::chrono::nanoseconds timeout_;
   std::mutex give_up_mutex_;
+  std::mutex poison_mutex_;
   std::exception_ptr poison_;  // set once, before poisoned_
   std::atomic<bool> poisoned_{false};
   std::atomic<int64_t> shm_bytes_{0};

@@ -38,6 +38,7 @@ struct CombineArgs {
   const void* rows = nullptr;   // BF16: [rank_rows, hidden] (kRank) or [rows, hidden]
   const float* side = nullptr;  // FP32: [rank_rows, num_topk] (kRank) or [rows]; null without
   bool weighted = false;
+  bool with_side = false;     // on every rank or on none; a rank without rows has no pointer
   void* out = nullptr;        // BF16 [num_tokens, hidden]
   float* side_out = nullptr;  // FP32 [num_tokens, num_topk]; null without
 };

@@ -15,6 +15,7 @@ enum class Region : int {
   kFaults,
   kSlotCredit,
   kDoorbell,
+  kProgress,
   kLaneCredit,
   kCountsFlag,
   kNetCountsFlag,
@@ -56,6 +57,7 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kFaults, "faults", Scope::kOnce, ranks * static_cast<int64_t>(sizeof(FaultRecord)), "fault records");
   visit(Region::kSlotCredit, "slot_credit", Scope::kOnce, s.num_slots * locals * kWordBytes, "releases of each slot");
   visit(Region::kDoorbell, "doorbell", Scope::kPerLane, kWordBytes, "wakes a sleeping lane (cpu)");
+  visit(Region::kProgress, "progress", Scope::kPerLane, kWordBytes, "epoch that this rank has begun");
   visit(Region::kLaneCredit, "lane_credit", Scope::kPerLane, 2 * ranks * kWordBytes, "finished epochs of peers");
   visit(Region::kCountsFlag, "counts_flag", Scope::kPerLane, ranks * kWordBytes, "arrival of counts");
   visit(Region::kNetCountsFlag, "net_counts_flag", Scope::kPerLane, streams * kWordBytes, "arrival of remote counts");

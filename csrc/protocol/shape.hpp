@@ -16,7 +16,7 @@ constexpr int kScaleGroupChannels = 128;
 constexpr int kMaxTopk = 32;
 constexpr int kMaxSlots = 64;
 constexpr int kMaxLanes = 16;
-constexpr int64_t kTargetChunkBytes = 128 * 1024;  // large enough to hide the cost of a put, small enough to pipeline
+constexpr int64_t kDefaultChunkBytes = 128 * 1024;  // large enough to hide the cost of a put, small enough to pipeline
 
 struct Shape {
   Topology topology;
@@ -30,6 +30,7 @@ struct Shape {
   int64_t max_recv_rows = 0;    // rows of a slot; 0 asks for the worst case
   int num_slots = 2;
   int num_lanes = 2;
+  int64_t chunk_bytes = kDefaultChunkBytes;  // a chunk has as many rows as fit, at least one
 
   DEEP_A2A_HOST_DEVICE int num_local_experts() const { return num_experts / topology.num_ranks; }
   DEEP_A2A_HOST_DEVICE int experts_per_node() const { return num_local_experts() * topology.ranks_per_node; }
@@ -41,7 +42,8 @@ struct Shape {
   // Rows of `x` in a slot.
   DEEP_A2A_HOST_DEVICE int64_t slot_rows() const {
     if (layout == Layout::kPadded) return expert_capacity * num_local_experts();
-    return max_recv_rows > 0 ? max_recv_rows : worst_case_rows();
+    if (max_recv_rows == 0) return worst_case_rows();
+    return layout == Layout::kRank && max_recv_rows > all_tokens() ? all_tokens() : max_recv_rows;
   }
   DEEP_A2A_HOST_DEVICE int64_t worst_case_rows() const {
     if (layout == Layout::kRank) return all_tokens();
@@ -90,6 +92,7 @@ inline void validate(const Shape& s) {
       " rows is too large (at most 2147483647): lower num_max_tokens_per_rank, max_recv_rows or expert_capacity");
   check_argument(s.num_slots >= 1 && s.num_slots <= kMaxSlots, "num_slots must be between 1 and ", kMaxSlots, ", got ",
                  s.num_slots);
+  check_argument(s.chunk_bytes >= 1, "chunk_bytes must be at least 1, got ", s.chunk_bytes);
   check_argument(s.num_lanes >= 1 && s.num_lanes <= kMaxLanes, "num_lanes must be between 1 and ", kMaxLanes, ", got ",
                  s.num_lanes);
 }

@@ -21,6 +21,12 @@ enum class Step : int32_t {
   kC5CreditReturned,
 };
 
+enum class Fault : int32_t {
+  kTimeout,    // the peer did not come
+  kMismatch,   // the peer came with another call
+  kUnexpected  // the rank failed by itself
+};
+
 inline const char* step_name(Step step) {
   switch (step) {
     case Step::kD0Credit:
@@ -53,15 +59,16 @@ inline const char* step_name(Step step) {
 
 // Written by the first rank to give up into every rank's `faults` region, at the index of the writer.
 struct FaultRecord {
+  Fault fault;
   Step step;
   int32_t rank;  // who gave up
   int32_t peer;  // whom it waited for
   int32_t lane;
+  uint32_t waited_ms;
   uint64_t epoch;
-  uint64_t expected;
+  uint64_t expected;  // epochs; tags for a mismatch
   uint64_t seen;
-  uint64_t waited_ms;
 };
-static_assert(sizeof(FaultRecord) == 48 && offsetof(FaultRecord, epoch) == 16);
+static_assert(sizeof(FaultRecord) == 48 && offsetof(FaultRecord, epoch) == 24);
 
 }  // namespace deep_a2a

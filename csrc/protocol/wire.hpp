@@ -24,12 +24,27 @@ struct CountHeader {
   int32_t num_tokens;
   int32_t payload_bytes;
   int32_t scale_bytes;
-  int32_t slot;
+  int32_t tag;        // see Tag
   int32_t bad_token;  // first token with an expert index out of range, or -1
   int32_t bad_topk;   // its top-k slot
   int64_t bad_expert;
 };
 static_assert(sizeof(CountHeader) == 32 && offsetof(CountHeader, bad_expert) == 24);
+
+// Flags that stand for data carry, below the epoch, what their setter was asked to do. Whoever acquires one compares it
+// with its own call: this is all the agreement that cached dispatches and combines have.
+struct Tag {
+  static constexpr int kBits = 16;
+
+  DEEP_A2A_HOST_DEVICE static uint32_t dispatch(int slot, int format_code, bool cached) {
+    return static_cast<uint32_t>(slot) << 8 | static_cast<uint32_t>(format_code) << 1 | (cached ? 1u : 0u);
+  }
+  DEEP_A2A_HOST_DEVICE static uint32_t combine(bool with_side) { return 1u << 15 | (with_side ? 1u : 0u); }
+  DEEP_A2A_HOST_DEVICE static uint64_t word(uint64_t epoch, uint32_t tag) { return epoch << kBits | tag; }
+  DEEP_A2A_HOST_DEVICE static uint32_t of(uint64_t word) { return static_cast<uint32_t>(word & ((1u << kBits) - 1)); }
+  DEEP_A2A_HOST_DEVICE static int slot(uint32_t tag) { return static_cast<int>(tag >> 8 & (kMaxSlots - 1)); }
+};
+static_assert(kMaxSlots == 64, "a tag has 6 bits for the slot");
 
 // A count vector: the header, then rows per node, per rank and per expert, all as int32.
 struct CountVector {
@@ -53,6 +68,7 @@ struct CountVector {
 struct RowFormat {
   int32_t payload_bytes = 0;
   int32_t scale_bytes = 0;  // 0 where the format has no scales
+  int32_t code = 0;         // what the bytes mean, 0 to 127; only compared between ranks
 
   DEEP_A2A_HOST_DEVICE int32_t scale_pitch() const { return align_up<int32_t>(scale_bytes, kRowAlignment); }
 };
@@ -80,7 +96,7 @@ struct StreamRow {
 };
 
 DEEP_A2A_HOST_DEVICE inline int rows_per_chunk(const Shape& s) {
-  const int64_t rows = kTargetChunkBytes / StreamRow::max_bytes(s);
+  const int64_t rows = s.chunk_bytes / StreamRow::max_bytes(s);
   return static_cast<int>(rows < 1 ? 1 : rows > s.max_tokens ? s.max_tokens : rows);
 }
 DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return ceil_div(s.max_tokens, rows_per_chunk(s)); }

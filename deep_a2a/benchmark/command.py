@@ -15,7 +15,7 @@ from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.launcher import run_ranks, torchrun_ranks
 from deep_a2a.benchmark.machine import describe_machine
 from deep_a2a.benchmark.record import Dtype, Input, Layout, Output, ResultFile, ScaleFormat
-from deep_a2a.benchmark.table import format_table
+from deep_a2a.benchmark.table import LEGEND, format_table
 from deep_a2a.routing import KINDS
 
 _DESCRIPTION = """\
@@ -49,7 +49,7 @@ def run_cells(cells: Sequence[Cell], command: str, json_path: Path | None) -> No
     records = run_ranks(measure_cells, cells, cells[0].num_ranks)
     if records is None:  # another rank of torchrun prints
         return
-    print(format_table(records))
+    print(f"{format_table(records)}\n\n{LEGEND}")
     if json_path is not None:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         ResultFile(describe_machine(), command, date, records).write(json_path)

@@ -12,6 +12,14 @@ _COLUMNS = (
 )  # fmt: skip
 _NUM_TEXT_COLUMNS = 7
 
+LEGEND = """\
+topology               nodes x ranks of a node
+wire bytes             rows that leave or enter the busiest rank, by link class (network: between nodes)
+logical, GB/s          rows that the busiest rank receives, its own included; GB/s = logical / total us
+total us, baseline us  of the slowest rank, median; baseline: all_to_all_single; speed-up = baseline us / total us
+link ratio             total us / the time that the busiest link class takes at the speed measured beside it
+More in bench/README.md."""
+
 
 def format_table(records: Sequence[Record]) -> str:
     """One line a record. Bytes are those of the busiest rank; GB/s are logical bytes over total time."""

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deep_a2a.quant import dequantize
+from deep_a2a.payload import describe
+from deep_a2a.quant import FP8_DTYPES, SCALE_DTYPES, dequantize
 
 if TYPE_CHECKING:
     from deep_a2a import Buffer, DispatchHandle, DispatchResult
@@ -40,13 +41,34 @@ class RowFormat:
 
     quantize: None for BF16, else "fp8" / "fp8_e4m3" or "fp8_e5m2".
     scale_format: of the FP8 scales, "float32" or "ue8m0".
+
+    Raises:
+        ValueError: a field names no format.
     """
 
     quantize: str | None = None
     scale_format: str = "float32"
 
+    def __post_init__(self) -> None:
+        if self.quantize not in (None, "fp8", *FP8_DTYPES):
+            raise ValueError(f"quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got {self.quantize!r}")
+        if self.scale_format not in tuple(SCALE_DTYPES):
+            raise ValueError(f"scale_format must be 'float32' or 'ue8m0', got {self.scale_format!r}")
+
 
 BF16 = RowFormat()
+
+
+def as_row_format(name: str, value: RowFormat | str) -> RowFormat:
+    """`value`, or the `RowFormat` whose `quantize` it is. Raises TypeError or ValueError that calls it `name`."""
+    if isinstance(value, RowFormat):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a RowFormat or the name of an FP8 format, got {describe(value)}")
+    try:
+        return RowFormat(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,7 @@ def dispatch(
     topk_idx: Tensor,
     topk_weights: Tensor,
     *,
-    row_format: RowFormat = BF16,
+    row_format: RowFormat | str = BF16,
     lane: int = 0,
 ) -> Dispatched:
     """`Buffer.dispatch` with gradients for `x` and `topk_weights`.
@@ -80,17 +102,19 @@ def dispatch(
         x: bfloat16 [tokens, hidden].
         topk_idx: int32 or int64 [tokens, num_topk], global experts; -1 for none.
         topk_weights: float32 [tokens, num_topk].
-        row_format: of the rows that are sent. Quantisation passes the gradient through; it comes back in BF16.
+        row_format: of the rows that are sent; "fp8" is short for ``RowFormat("fp8")``. Quantisation passes the gradient
+            through; it comes back in BF16.
         lane: of the buffer, also for the combine and for the backward pass of both.
 
     Raises what `Buffer.dispatch` raises.
     """
+    row_format = as_row_format("row_format", row_format)
     received: list[DispatchResult] = []
     rows, weights = _Dispatch.apply(x, topk_weights, topk_idx, buffer, row_format, lane, received)  # type: ignore[no-untyped-call]
     return Dispatched(rows, weights, received[0])
 
 
-def combine(buffer: Buffer, rows: Tensor, dispatched: Dispatched, *, grad_format: RowFormat = BF16) -> Tensor:
+def combine(buffer: Buffer, rows: Tensor, dispatched: Dispatched, *, grad_format: RowFormat | str = BF16) -> Tensor:
     """`Buffer.combine` with gradients for `rows` and, where combine applies them, for `dispatched.weights`.
 
     Args:
@@ -99,13 +123,14 @@ def combine(buffer: Buffer, rows: Tensor, dispatched: Dispatched, *, grad_format
             this rank's experts. Others: the bare outputs of the experts, which combine multiplies by their weights.
         dispatched: where the rows belong.
         grad_format: of the gradient rows that the backward pass sends to the experts, for example
-            ``RowFormat("fp8_e5m2")``.
+            ``RowFormat("fp8_e5m2")``, or just "fp8_e5m2".
 
     Returns:
         bfloat16 [tokens, hidden].
 
     Raises what `Buffer.combine` raises.
     """
+    grad_format = as_row_format("grad_format", grad_format)
     out: Tensor = _Combine.apply(rows, dispatched.weights, dispatched.result.handle, buffer, grad_format)  # type: ignore[no-untyped-call]
     return out
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deep_a2a.moe.autograd import BF16, Dispatched, RowFormat, combine, dispatch
+from deep_a2a.moe.autograd import BF16, Dispatched, RowFormat, as_row_format, combine, dispatch
 from deep_a2a.moe.experts import RoutedExperts, SharedExpert
 from deep_a2a.routing import Gate, Router
 
@@ -31,8 +31,8 @@ class MoELayer(nn.Module):
         router: how the gate chooses; with the `num_experts` and `num_topk` of the buffer.
         intermediate: inner channels of a routed expert.
         shared_intermediate: inner channels of the shared expert; None for no shared expert.
-        row_format: of the rows that dispatch sends.
-        grad_format: of the gradient rows that the backward pass of combine sends.
+        row_format: of the rows that dispatch sends; "fp8" is short for ``RowFormat("fp8")``.
+        grad_format: of the gradient rows that the backward pass of combine sends; as `row_format`.
         compute_dtype: of the experts' matrix products, torch.float32 or torch.bfloat16; parameters are float32.
         seed: of the experts' first weights, which are the same on any number of ranks. The gate's come from torch's
             default generator, as in all modules, so seed that equally on all ranks or broadcast them.
@@ -43,7 +43,7 @@ class MoELayer(nn.Module):
             `update_bias`.
 
     Raises:
-        ValueError: `router` does not fit `buffer`.
+        TypeError, ValueError: `router` does not fit `buffer`, or a format is none; the message names the argument.
     """
 
     expert_load: Tensor
@@ -55,8 +55,8 @@ class MoELayer(nn.Module):
         intermediate: int,
         *,
         shared_intermediate: int | None = None,
-        row_format: RowFormat = BF16,
-        grad_format: RowFormat = BF16,
+        row_format: RowFormat | str = BF16,
+        grad_format: RowFormat | str = BF16,
         compute_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         lane: int = 0,
@@ -67,7 +67,9 @@ class MoELayer(nn.Module):
                 raise ValueError(f"router.{name} is {asked}, expected the buffer's {expected}")
         super().__init__()
         self.buffer = buffer
-        self.row_format, self.grad_format, self.lane = row_format, grad_format, lane
+        self.row_format = as_row_format("row_format", row_format)
+        self.grad_format = as_row_format("grad_format", grad_format)
+        self.lane = lane
         self.gate = Gate(buffer.hidden, router)
         self.experts = RoutedExperts(
             buffer.hidden,

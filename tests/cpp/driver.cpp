@@ -36,6 +36,11 @@ Shape random_shape(const Topology& topology, std::mt19937& random) {
   shape.num_experts = topology.num_ranks * (1 + static_cast<int>(random() % 4));
   shape.num_topk = 1 + static_cast<int>(random() % static_cast<unsigned>(std::min(shape.num_experts, 6)));
   shape.max_tokens = 1 + static_cast<int>(random() % 24);
+  if (random() % 2 == 0) shape.chunk_bytes = 700;  // chunks of one row: several per stream
+  if (random() % 10 == 0) {                        // enough for streaming stores
+    shape.hidden = 8192;
+    shape.max_tokens = 80;
+  }
   if (shape.layout == Layout::kExpert) shape.expert_alignment = 1 + static_cast<int>(random() % 8);
   if (shape.layout == Layout::kPadded) shape.expert_capacity = shape.all_tokens();
   return shape;
@@ -148,17 +153,17 @@ class RankThread {
         for (int slot = 0; slot < topk; ++slot) {
           const int64_t entry = rank_row * topk + slot;
           const int32_t expected = here(idx[slot]) ? idx[slot] - first_expert : -1;
-          require(handle.topk_idx[entry] == expected, "rank ", self(), " row ", rank_row, " slot ", slot, ": expert ",
-                  handle.topk_idx[entry], ", expected ", expected);
+          require(handle.received.topk_idx[entry] == expected, "rank ", self(), " row ", rank_row, " slot ", slot,
+                  ": expert ", handle.received.topk_idx[entry], ", expected ", expected);
           if (expected < 0) continue;
-          const int64_t row = shape().layout == Layout::kRank ? rank_row : handle.expert_rows[entry];
+          const int64_t row = shape().layout == Layout::kRank ? rank_row : handle.received.expert_rows[entry];
           require(std::memcmp(received_row(row), sent, static_cast<size_t>(shape().max_payload_bytes())) == 0, "rank ",
                   self(), " row ", row, " differs from token ", token, " of rank ", source);
         }
         ++rank_row;
       }
     }
-    require(handle.num_rank_rows == rank_row, "rank ", self(), " received ", handle.num_rank_rows,
+    require(handle.received.num_rank_rows == rank_row, "rank ", self(), " received ", handle.received.num_rank_rows,
             " rank rows, expected ", rank_row);
   }
 
@@ -172,10 +177,12 @@ class RankThread {
     args.rows = received_row(0);
     if (shape().layout == Layout::kRank) {  // lent
       char* lent = rank_.transport().region(self(), Region::kCombineRows, lane_);
-      std::memcpy(lent, args.rows, static_cast<size_t>(dispatched.handle->num_rows * shape().max_payload_bytes()));
+      std::memcpy(lent, args.rows,
+                  static_cast<size_t>(dispatched.handle->received.num_rows * shape().max_payload_bytes()));
       args.rows = lent;
     }
     args.side = side.data();
+    args.with_side = true;
     args.out = out.data();
     args.side_out = side_out.data();
     auto call = rank_.combine(lane_, args, dispatched.handle);

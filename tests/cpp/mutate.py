@@ -28,32 +28,32 @@ class Mutant:
     new: str
 
 
+WAIT = "transport_.wait_tagged(turn, "
+
 # Not among them: the lane credit of ranks of one node. Today the flags of every operation happen to order the same, so
 # nothing can notice; it is there so that no operation has to be ordered by another one's flags.
 MUTANTS = (
     Mutant("D0, C0: no credit of rail peers", "credit.cpp", "wait(transport.rail_peer(stream));", "(void)wait;"),
-    Mutant("D0: no credit of the slot", "dispatch.cpp", "  wait_slot_credit(", "  if (false) wait_slot_credit("),
+    Mutant("D0: no credit of the slot", "dispatch.cpp", "d0_slot_credit(turn);\n  d4_send_own", "d4_send_own"),
     Mutant("one word for all lane credits", "credit.cpp", "(epoch & 1)", "(epoch & 0)"),
     Mutant(
         "D4: flag before the rows",
         "dispatch.cpp",
         "::d4_send_own_node(const Turn& turn) {",
         "::d4_send_own_node(const Turn& turn) {"
-        "transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank());",
+        "transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));",
     ),
-    Mutant("D5, C4: chunks not waited for", "streams.hpp", "(word) < turn.epoch", "(word) + 1 < turn.epoch"),
     Mutant(
-        "C2, C3: rows not waited for",
-        "combine.cpp",
-        "kReadyFlag, turn.lane, local), turn.",
-        "kReadyFlag, 0, 0), 0 * turn.",
+        "C2, C3: rows not waited for", "combine.cpp", WAIT + "transport_.word", "if (false) " + WAIT + "transport_.word"
     ),
+    Mutant("C4: chunks not waited for", "combine.cpp", WAIT + "chunk_word", "if (false) " + WAIT + "chunk_word"),
     Mutant(
         "C5: readers not waited for",
         "combine.cpp",
         "kReadFlag, turn.lane, local), turn.",
         "kReadFlag, 0, 0), 0 * turn.",
     ),
+    Mutant("tagged flags not waited for", "transport.cpp", "if (!reached(condition)) wait_any(turn, {condition});", ""),
     Mutant("signals do not release", "doorbell.hpp", "__ATOMIC_RELEASE", "__ATOMIC_RELAXED"),
     Mutant("a signal before its last piece", "network.cpp", "pending.pieces.empty()", "pending.pieces.size() <= 1"),
 )

@@ -1,0 +1,154 @@
+"""Too many rows, bad experts, different settings: raised on every rank, named, and the buffer goes on where it can."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+from small import SMALL, error_of, send_ones
+
+import deep_a2a
+
+Errors = list[tuple[str, str]]
+
+
+def overflow(group: dist.ProcessGroup, settings: dict[str, Any]) -> Errors:
+    rank, errors = dist.get_rank(group), []
+    x = torch.ones(4, 16, dtype=torch.bfloat16)
+    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **settings, **SMALL) as buffer:
+        for _ in range(3):
+            errors.append(error_of(lambda: buffer.dispatch(x, torch.tensor([[5, -1]] * 4))))
+            fits = buffer.dispatch(x[:1], torch.tensor([[4 * rank, -1]]))
+            assert fits.num_rank_rows == 1
+            fits.release()
+        buffer.check()
+    return errors
+
+
+OVERFLOWS: dict[str, tuple[dict[str, int], str]] = {
+    "rank": ({"max_recv_rows": 15}, "rank 1 would receive 16 rows.* max_recv_rows is 15"),
+    "expert": ({"max_recv_rows": 19, "expert_alignment": 5}, "rank 1 would receive 20 rows.* max_recv_rows is 19"),
+    "padded": ({"expert_capacity": 15}, "expert 5 of rank 1 would receive 16 tokens.* expert_capacity is 15"),
+}
+
+
+@pytest.mark.parametrize("layout", OVERFLOWS)
+def test_overflow(pools: Callable[[int], Pool], layout: str) -> None:
+    """On every rank, before a row moves; and again, and the buffer works in between."""
+    limits, message = OVERFLOWS[layout]
+    for errors in pools(4).run(overflow, {"layout": layout, **limits}):
+        for name, text in errors:
+            assert name == "CapacityError" and re.fullmatch(message, text), (name, text)
+
+
+def send_bad_experts(group: dist.ProcessGroup, bad: int, dtype: torch.dtype) -> Errors:
+    rank, errors, x = dist.get_rank(group), [], torch.ones(3, 16, dtype=torch.bfloat16)
+    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **SMALL) as buffer:
+        for bad_rank in range(4):
+            idx = torch.tensor([[0, 5], [9, -1], [12, 15]], dtype=dtype)
+            if rank == bad_rank:
+                idx[1, 1] = bad
+            errors.append(error_of(partial(buffer.dispatch, x, idx)))
+            send_ones(buffer).release()
+        buffer.check()
+    return errors
+
+
+@pytest.mark.parametrize("bad", [16, -2, 2**31 - 1, 2**40])
+def test_expert_out_of_range(pools: Callable[[int], Pool], bad: int) -> None:
+    dtype = torch.int64 if bad >= 2**31 else torch.int32
+    for errors in pools(4).run(send_bad_experts, bad, dtype):
+        for bad_rank, (name, text) in enumerate(errors):
+            assert name == "ValueError"
+            assert re.match(rf"topk_idx\[1, 1\] of rank {bad_rank} is {bad}, expected -1 .* \[0, 16\)", text), text
+
+
+def disagree(group: dist.ProcessGroup, name: str, value: Any) -> tuple[str, str]:
+    settings: dict[str, Any] = {**SMALL, "ranks_per_node": 2, "layout": "rank"}
+    if dist.get_rank(group) == 2:
+        settings[name] = value
+    error = error_of(lambda: deep_a2a.Buffer(group, **settings))
+    with deep_a2a.Buffer(group, **SMALL) as buffer:  # the group is as good as before
+        send_ones(buffer).release()
+    return error
+
+
+DIFFERENT: dict[str, Any] = {
+    "hidden": (16, 32),
+    "num_experts": (16, 32),
+    "num_topk": (2, 3),
+    "num_max_tokens_per_rank": (4, 5),
+    "ranks_per_node": (2, 4),
+    "layout": ("rank", "expert"),
+    "max_recv_rows": (None, 7),
+    "num_slots": (2, 3),
+    "num_lanes": (2, 1),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_settings(pools: Callable[[int], Pool], name: str) -> None:
+    usual, other = DIFFERENT[name]
+    for error, text in pools(4).run(disagree, name, other):
+        assert error == "MismatchError"
+        assert f"{name} is {usual!r} on rank 0 and {other!r} on rank 2" in text
+
+
+def disagree_in_dispatch(group: dist.ProcessGroup, usual: str | None, other: str | None) -> Errors:
+    """Rank 1 quantizes differently: an error on all, and the buffer goes on."""
+    idx = torch.tensor([[0, 9]])
+    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    quantize = other if dist.get_rank(group) == 1 else usual
+    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **SMALL) as buffer:
+        errors = [error_of(lambda: buffer.dispatch(x, idx, quantize=quantize)) for _ in range(2)]
+        send_ones(buffer).release()
+        send_ones(buffer).release()
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("usual", "other", "message"),
+    [
+        (None, "fp8", "rank 1 dispatches rows of 16 bytes with 4 bytes of scales.* rank 0 rows of 32 with 0.*"),
+        ("fp8_e4m3", "fp8_e5m2", "rank 1 dispatches rows of 16 bytes.* rank 0 rows of 16 .*different dtypes"),
+    ],
+)
+def test_different_payloads(pools: Callable[[int], Pool], usual: str | None, other: str, message: str) -> None:
+    for errors in pools(4).run(disagree_in_dispatch, usual, other):
+        for name, text in errors:
+            assert name == "MismatchError" and re.fullmatch(message, text), (name, text)
+
+
+def disagree_in_combine(group: dist.ProcessGroup) -> Errors:
+    """Rank 1 alone brings a side payload: the rows cross in another format than the others expect."""
+    with deep_a2a.Buffer(group, ranks_per_node=2, **SMALL) as buffer:
+        result = send_ones(buffer)
+        side = torch.zeros(result.topk_idx.shape) if buffer.rank == 1 else None
+        return [error_of(lambda: buffer.combine(result.x, result.handle, side=side)), error_of(buffer.check)]
+
+
+def test_different_side(pools: Callable[[int], Pool]) -> None:
+    by_rank = pools(4).run(disagree_in_combine)
+    assert "MismatchError" in [errors[0][0] for errors in by_rank]
+    for (name, text), after in by_rank:
+        assert name in ("MismatchError", "PeerAbortError") and re.search("rank . .* was called differently", text), text
+        assert after == (name, text)
+
+
+def one_bad_setting(group: dist.ProcessGroup) -> tuple[str, str]:
+    hidden = 12 if dist.get_rank(group) == 1 else 16
+    return error_of(lambda: deep_a2a.Buffer(group, **{**SMALL, "hidden": hidden}))
+
+
+def test_bad_setting_on_one_rank(pools: Callable[[int], Pool]) -> None:
+    """The rank itself says what is wrong, and the others do not wait for it."""
+    errors = pools(4).run(one_bad_setting)
+    for rank, (name, text) in enumerate(errors):
+        assert name == ("ValueError" if rank == 1 else "CommError"), text
+        assert "hidden" in text and "12" in text and (rank == 1 or text.startswith("rank 1")), text
