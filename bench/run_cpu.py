@@ -13,21 +13,26 @@ from typing import get_args
 
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.command import run_cells
-from deep_a2a.benchmark.record import Dtype, Layout
+from deep_a2a.benchmark.record import Dtype
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def cells() -> list[Cell]:
-    """8 ranks as one node and as two; every payload and layout, then one change at a time from BF16 rows by rank."""
+    """8 ranks as one node and as two, with every payload; then one change at a time from BF16 rows by rank."""
     one_node, two_nodes = Cell(ranks_per_node=8), Cell(ranks_per_node=4)
-    chosen = [
-        replace(base, layout=layout, dtype=dtype)
-        for base, layout, dtype in itertools.product((one_node, two_nodes), get_args(Layout), get_args(Dtype))
+    payloads = itertools.product((one_node, two_nodes), get_args(Dtype))
+    chosen = [replace(base, dtype=dtype) for base, dtype in payloads]
+    chosen += [
+        replace(two_nodes, layout="expert"),
+        replace(two_nodes, layout="padded"),
+        replace(two_nodes, cached=True),
     ]
-    chosen += [replace(two_nodes, cached=True), replace(two_nodes, output="owned"), replace(two_nodes, input="copied")]
-    chosen += [replace(two_nodes, routing=routing) for routing in ("zipf", "hot", "all_to_one_rank", "none_to_rank")]
-    chosen.append(replace(two_nodes, topk_groups=1))
+    chosen += [
+        replace(two_nodes, output="owned"),
+        replace(two_nodes, input="copied"),
+        replace(two_nodes, routing="zipf"),
+    ]
     return chosen
 
 

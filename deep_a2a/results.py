@@ -96,7 +96,7 @@ class DispatchResult(_ShortRepr):
             "padded"); the last is the number of rows. None in layout "rank".
         rows_per_rank: int32 [num_ranks], rank rows by source rank.
         expert_load: int32 [num_experts], tokens that all ranks together sent to each expert.
-        num_rows_tensor: int32 [2]: rows, rank_rows.
+        num_rows_tensor: int32 [2]: rows, rank_rows. Rows of layout "padded" are num_local_experts * expert_capacity.
         num_rows: rows of `x`; None with ``host_sync=False``.
         num_rank_rows: rank rows; None with ``host_sync=False``.
         handle: for ``combine`` and for cached dispatches.

@@ -92,7 +92,7 @@ DISPATCHES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "x of other hidden": ({"x": X.repeat(1, 2)}, "ValueError", ["x", "16", "(3, 32)"]),
     "x of too many tokens": ({"x": X.repeat(2, 1)}, "ValueError", ["x", "num_max_tokens_per_rank = 4", "6"]),
     "x with strided rows": ({"x": X.repeat(1, 2)[:, ::2]}, "ValueError", ["x", "contiguous", "(32, 2)"]),
-    "x is FP8 without scales": ({"x": SCALED[0]}, "ValueError", ["x", "bfloat16", "float8_e4m3fn"]),
+    "x is FP8 without scales": ({"x": SCALED[0]}, "ValueError", ["x", "or a pair (fp8, scales)", "float8_e4m3fn"]),
     "x is one of a pair": ({"x": (X,)}, "TypeError", ["x", "(fp8, scales)", "1"]),
     "x is a BF16 pair": ({"x": (X, SCALED[1])}, "ValueError", ["x[0]", "float8_e4m3fn", "bfloat16"]),
     "scales of other shape": ({"x": (SCALED[0], torch.zeros(3, 2))}, "ValueError", ["scales", "[3, 1]", "(3, 2)"]),

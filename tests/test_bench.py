@@ -447,7 +447,7 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
         ("dispatch", 1), ("combine", 1), ("dispatch", 2), ("combine", 2),
     ]  # fmt: skip
     assert all(record.checked and record.scale_format == "float32" for record in written.records)
-    assert written.machine["torch"] == torch.__version__ and written.machine["cores"] >= 1
+    assert torch.__version__.startswith(str(written.machine["torch"])) and written.machine["cores"] >= 1
 
 
 @pytest.mark.parametrize(

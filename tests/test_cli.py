@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,16 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     for item in findings.values():
         assert set(item) == {"section", "name", "available", "detail", "remedy"}
         assert isinstance(item["detail"], str) and item["detail"]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_info_of_which_the_end_is_not_read(options: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "deep_a2a.cli", "info", *options]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 def answers() -> dict[str, info.Answer]:

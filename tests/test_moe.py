@@ -169,7 +169,7 @@ def test_layer_with_bf16_products(pools: Callable[[int], Pool], layout: str) -> 
 @pytest.mark.parametrize("layout", BUFFERS)
 def test_layer_fp8(pools: Callable[[int], Pool], layout: str, gradients: str) -> None:
     grad_format = moe.BF16 if gradients == "bf16" else moe.RowFormat(gradients)
-    options = {"row_format": moe.RowFormat("fp8_e4m3"), "grad_format": grad_format, "lane": 1}
+    options = {"row_format": "fp8_e4m3", "grad_format": grad_format, "lane": 1}
     runs = pools(8).run(run_layer, "2x4", layout, options)
     check_layer(runs, "2x4", FP8_TOLERANCES[gradients])
 
@@ -190,20 +190,32 @@ def test_experts_start_equal_on_any_number_of_ranks(pools: Callable[[int], Pool]
     assert all(not torch.equal(w_in, other) for w_in in one_by_one[1:] for other in (one_by_one[0], other_seed))
 
 
-def split_and_misfit(group: dist.ProcessGroup) -> tuple[list[str], list[str], str]:
-    """Names of the replicated parameters and of the experts', and the error of a router that does not fit."""
+def split_and_misfit(group: dist.ProcessGroup) -> tuple[list[str], list[str], list[str]]:
+    """Names of the replicated parameters and of the experts', and errors: of a router that does not fit, of formats."""
     with make_buffer(group, "1x1", "rank") as buffer:
         layer = moe.MoELayer(buffer, layer_router("1x1"), INTERMEDIATE, shared_intermediate=32)
         model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), layer)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         split = moe.split_parameters(model)
-        with pytest.raises(ValueError) as error:
-            moe.MoELayer(buffer, Router(12, 4, num_groups=1, topk_groups=1), INTERMEDIATE)
-        return [names[id(p)] for p in split.shared], [names[id(p)] for p in split.expert], str(error.value)
+        misfits: list[tuple[Router, dict[str, Any]]] = [
+            (Router(12, 4, num_groups=1, topk_groups=1), {}),
+            (layer_router("1x1"), {"row_format": "fp9"}),
+            (layer_router("1x1"), {"grad_format": torch.float8_e5m2}),
+        ]
+        errors = []
+        for router, options in misfits:
+            with pytest.raises((TypeError, ValueError)) as error:
+                moe.MoELayer(buffer, router, INTERMEDIATE, **options)
+            errors.append(str(error.value))
+        return [names[id(p)] for p in split.shared], [names[id(p)] for p in split.expert], errors
 
 
 def test_split_and_misfit(pools: Callable[[int], Pool]) -> None:
-    [(shared, expert, error)] = pools(1).run(split_and_misfit)
+    [(shared, expert, errors)] = pools(1).run(split_and_misfit)
     assert shared == ["0.weight", "0.bias", "1.gate.weight", "1.shared.w_in", "1.shared.w_out"]
     assert expert == ["1.experts.w_in", "1.experts.w_out"]
-    assert error == "router.num_experts is 12, expected the buffer's 4"
+    assert errors == [
+        "router.num_experts is 12, expected the buffer's 4",
+        "row_format: quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got 'fp9' of type str",
+        "grad_format must be a RowFormat or the name of an FP8 format, got an object of type dtype",
+    ]

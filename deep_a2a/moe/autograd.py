@@ -51,9 +51,9 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.quantize not in (None, "fp8", *FP8_DTYPES):
-            raise ValueError(f"quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got {self.quantize!r}")
+            raise ValueError(f"quantize must be None, 'fp8', 'fp8_e4m3' or 'fp8_e5m2', got {describe(self.quantize)}")
         if self.scale_format not in tuple(SCALE_DTYPES):
-            raise ValueError(f"scale_format must be 'float32' or 'ue8m0', got {self.scale_format!r}")
+            raise ValueError(f"scale_format must be 'float32' or 'ue8m0', got {describe(self.scale_format)}")
 
 
 BF16 = RowFormat()
