@@ -4,23 +4,27 @@
 `errors` what operations can end with.
 """
 
+__version__ = "0.1.0"
+
 try:
     from deep_a2a import _cpu as _cpu
 except ImportError as error:
-    raise ImportError(
-        f"deep_a2a was imported from {__path__[0]}, which holds no native module that fits this Python. Run "
-        "'pip install .', then start Python outside of the source folder; or 'pip install --editable .'"
-    ) from error
+    _missing = error
 
-from deep_a2a import errors, moe, quant, routing
-from deep_a2a.buffer import Buffer
-from deep_a2a.errors import CapacityError, CommError, CommTimeoutError, LeaseError, MismatchError, PeerAbortError
-from deep_a2a.memory import MemoryTable
-from deep_a2a.pending import PendingCombine, PendingDispatch
-from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
-from deep_a2a.settings import memory_table
-
-__version__ = "0.1.0"
+    def __getattr__(name: str) -> object:
+        # Not at import, so that `deep-a2a info` can tell what else is missing.
+        raise ImportError(
+            f"deep_a2a was imported from {__path__[0]}, which holds no native module that fits this Python. Run 'pip "
+            "install .', then start Python outside of the source folder; or 'pip install --editable .'"
+        ) from _missing
+else:
+    from deep_a2a import errors, moe, quant, routing
+    from deep_a2a.buffer import Buffer
+    from deep_a2a.errors import CapacityError, CommError, CommTimeoutError, LeaseError, MismatchError, PeerAbortError
+    from deep_a2a.memory import MemoryTable
+    from deep_a2a.pending import PendingCombine, PendingDispatch
+    from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
+    from deep_a2a.settings import memory_table
 
 __all__ = [
     "Buffer",

@@ -147,7 +147,7 @@ class Buffer:
                 [tokens, ceil(hidden / 128)] of float32 or of UE8M0 exponents (uint8 or float8_e8m0fnu). Rows
                 contiguous, read in place (`lend_input` tells more). Has to stay as it is until the call returns, with
                 `async_op` until ``event``.
-            topk_idx: int32 or int64 [tokens, num_topk], global experts; -1 for none. An expert that a token
+            topk_idx: int32 or int64 [tokens, num_topk], contiguous, global experts; -1 for none. An expert that a token
                 names twice gets it twice.
             topk_weights: float32 [tokens, num_topk]; None for ones.
             handle: of an earlier dispatch, instead of the two above: same routing and weights, nothing is counted or
@@ -198,7 +198,11 @@ class Buffer:
         lane: int = 0,
         async_op: bool = False,
     ) -> PendingDispatch:
-        """The send half of `dispatch`, same arguments; ``recv()`` of what it returns is the other half."""
+        """The send half of `dispatch`, same arguments; ``recv()`` of what it returns is the other half.
+
+        A receive half relays for other ranks. So halves of different lanes are received in the same order on every
+        rank, or with ``async_op=True``, which does not block.
+        """
         operations = self._usable(lane)
         payload = check_payload(x, quantize, scale_format, self.hidden, self.num_max_tokens_per_rank)
         if output not in ("leased", "owned"):

@@ -122,7 +122,18 @@ def test_info_survives_any_probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "could not find out" in capsys.readouterr().out
 
 
-def test_without_native_module_the_error_says_what_to_do() -> None:
-    code = "import sys; sys.modules['deep_a2a._cpu'] = None; from deep_a2a.cli import main; main(['info'])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "pip install ." in shown.stdout + shown.stderr
+def run_without_native(code: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.modules['deep_a2a._cpu'] = None; {code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_info_works_without_native_module() -> None:
+    shown = run_without_native("from deep_a2a.cli import main; sys.exit(main(['info']))")
+    assert shown.returncode == 0, shown.stderr
+    assert "the native module does not load" in shown.stdout and "pip install" in shown.stdout
+
+
+def test_without_native_module_a_use_says_what_to_do() -> None:
+    for code in ("from deep_a2a import Buffer", "import deep_a2a; deep_a2a.Buffer"):
+        shown = run_without_native(code)
+        assert shown.returncode == 1 and "ImportError: deep_a2a was imported from" in shown.stderr, shown.stderr
