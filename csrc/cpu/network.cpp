@@ -5,6 +5,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/copy.hpp"
+
 namespace deep_a2a::cpu {
 namespace {
 
@@ -18,7 +20,8 @@ void set_word(const Put& put) {
 }  // namespace
 
 void deliver(const Put& put) {
-  if (put.bytes > 0) std::memcpy(put.to, put.from, static_cast<size_t>(put.bytes));
+  if (put.bytes > 0) copy_streaming(put.to, put.from, put.bytes);
+  streaming_fence();
   set_word(put);
 }
 
