@@ -141,6 +141,24 @@ def test_different_side(pools: Callable[[int], Pool]) -> None:
         assert after == (name, text)
 
 
+def disagree_in_cached_slot(group: dist.ProcessGroup) -> Errors:
+    """Rank 1 releases the first result later than the others, and so dispatches into another slot: only tags tell."""
+    with deep_a2a.Buffer(group, ranks_per_node=4, **SMALL) as buffer:
+        held = send_ones(buffer)
+        handle = held.handle
+        if buffer.rank != 1:
+            held.release()
+        pending = buffer.dispatch_send(torch.ones(2, 16, dtype=torch.bfloat16), handle=handle)
+        held.release()
+        return [error_of(pending.recv), error_of(buffer.check)]
+
+
+def test_different_slots_of_cached_dispatches(pools: Callable[[int], Pool]) -> None:
+    for errors in pools(4).run(disagree_in_cached_slot):
+        assert errors[0][0] in ("MismatchError", "PeerAbortError"), errors
+        assert "was called differently" in errors[0][1] and errors[1] == errors[0]
+
+
 def one_bad_setting(group: dist.ProcessGroup) -> tuple[str, str]:
     hidden = 12 if dist.get_rank(group) == 1 else 16
     return error_of(lambda: deep_a2a.Buffer(group, **{**SMALL, "hidden": hidden}))

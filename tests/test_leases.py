@@ -14,6 +14,7 @@ from small import SMALL, error_of, send_ones
 
 import deep_a2a
 from deep_a2a.errors import LeaseError
+from deep_a2a.settings import LayoutName
 
 
 def use_leases(group: dist.ProcessGroup) -> list[tuple[str, str]]:
@@ -121,3 +122,38 @@ def overwrite_at_once(group: dist.ProcessGroup, slow: int, ranks_per_node: int) 
 def test_slow_reader_of_lent_rows(pools: Callable[[int], Pool], ranks_per_node: int) -> None:
     for slow in (0, 3):
         pools(4).run(overwrite_at_once, slow, ranks_per_node)
+
+
+def edit_result(group: dist.ProcessGroup, layout: LayoutName) -> None:
+    """What a result says is the caller's to change; the handle does not see it."""
+    with deep_a2a.Buffer(group, layout=layout, ranks_per_node=2, **SMALL) as buffer:
+        result = send_ones(buffer)
+        rows = result.x.clone()
+        sums = buffer.combine(rows, result.handle).x
+        for field in (result.topk_idx, result.topk_weights, result.expert_rows, result.expert_offsets):
+            if field is not None:
+                field.fill_(1 << 20)
+        result.rows_per_expert.fill_(1 << 20)
+        again = buffer.combine(rows, result.handle).x
+        assert torch.equal(sums, again)
+        result.release()
+        repeated = send_ones(buffer, zero_padding=True)
+        assert torch.equal(repeated.x, rows)
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_results_are_the_callers(pools: Callable[[int], Pool], layout: LayoutName) -> None:
+    pools(4).run(edit_result, layout)
+
+
+def destroy_between_halves(group: dist.ProcessGroup) -> list[tuple[str, str]]:
+    buffer = deep_a2a.Buffer(group, ranks_per_node=2, **SMALL)
+    idx = torch.full((1, 2), -1)
+    pending = buffer.dispatch_send(torch.ones(1, 16, dtype=torch.bfloat16), idx)
+    buffer.destroy()
+    return [error_of(pending.recv), error_of(lambda: send_ones(buffer))]
+
+
+def test_destroy_between_halves(pools: Callable[[int], Pool]) -> None:
+    for errors in pools(4).run(destroy_between_halves):
+        assert [text for _, text in errors] == ["the Buffer was destroyed"] * 2
