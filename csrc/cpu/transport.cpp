@@ -149,13 +149,15 @@ std::exception_ptr Transport::error_of(const FaultRecord& record) const {
   return std::make_exception_ptr(CommTimeoutError(what));
 }
 
-// The first lane of this rank to give up tells everybody; a second one finds the abort word set.
+// The first lane of this rank to give up tells everybody; a second one throws what the first found. Poisoned before
+// anybody is told: a peer that gives up at the same time overwrites the abort word, and must not take the place of what
+// this rank found itself.
 void Transport::give_up(const FaultRecord& record) {
   std::lock_guard<std::mutex> lock(give_up_mutex_);
   throw_if_aborted();
+  poison(error_of(record));
   tell_all(record);
-  throw_if_aborted();
-  throw std::logic_error("the abort word is set and was not seen");
+  std::rethrow_exception(poison_);
 }
 
 void Transport::abandon(const Turn& turn) {
