@@ -11,7 +11,7 @@ venv := $(shell $(PYTHON) -c "$(has_torch); import sys; print(sys.prefix if sys.
 
 # What each installation depends on, beside its environment.
 sources := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard cmake/*) $(shell find csrc -type f)
-native_code = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+native_code = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Stamps of installations, from small to large. A large one serves the smaller targets as well.
 bench_stamp := $(venv)/.deep-a2a-bench
@@ -24,7 +24,7 @@ for_bench := $(or $(wildcard $(dev_stamp)),$(wildcard $(test_stamp)),$(bench_sta
 # Recipes find the environment's programs first.
 export PATH := $(abspath $(venv))/bin:$(PATH)
 
-.PHONY: help demo bench test check format tsan asan mutants clean
+.PHONY: help demo bench test check format tsan asan emulator mutants clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z ]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
@@ -57,8 +57,13 @@ tsan: export TSAN_OPTIONS ?= halt_on_error=1
 tsan: launcher := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 tsan asan: $(cmake_stamp)
 	cmake -S . -B build/$@ -G Ninja -DDEEP_A2A_PYTHON=OFF -DDEEP_A2A_TESTS=ON -DDEEP_A2A_CUDA=OFF -DDEEP_A2A_SANITIZE=$(sanitizer)
-	cmake --build build/$@
+	cmake --build build/$@ --target protocol_driver
 	$(launcher) build/$@/protocol_driver $(ARGS)
+
+emulator: $(cmake_stamp) ## test the emulator that runs the CUDA kernels without a GPU
+	cmake -S . -B build/$@ -G Ninja -DDEEP_A2A_PYTHON=OFF -DDEEP_A2A_TESTS=ON -DDEEP_A2A_CUDA=OFF
+	cmake --build build/$@ --target emulator_test
+	build/$@/emulator_test
 
 mutants: $(cmake_stamp) ## show that the C++ driver notices each ordering that is taken out of the protocol
 	python tests/cpp/mutate.py

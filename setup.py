@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
+OPTIONS = ("DEEP_A2A_CUDA", "DEEP_A2A_CUDA_ARCHS")  # of CMakeLists.txt, from the environment
 
 
 class CMakeBuild(build_ext):
@@ -31,9 +32,11 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DDEEP_A2A_PYTHON=ON",
-            f"-DDEEP_A2A_CUDA={os.environ.get('DEEP_A2A_CUDA') or 'AUTO'}",
+            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
         )
         run_cmake("--build", str(self.build_dir))
+        built = (self.build_dir / "modules.txt").read_text().split()
+        self.extensions[:] = [ext for ext in self.extensions if ext.name.rpartition(".")[2] in built]
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
@@ -55,4 +58,8 @@ def run_cmake(*arguments: str) -> None:
         raise ExecError(f"failed, see the messages above: {' '.join(command)}")
 
 
-setup(ext_modules=[Extension("deep_a2a._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+MODULES = ("_cpu", "_emulated", "_cuda")  # the last one only where there is an nvcc
+setup(
+    ext_modules=[Extension(f"deep_a2a.{name}", sources=[]) for name in MODULES],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,4 +1,4 @@
-"""Draws a result file: one pair of bars per record, total time and baseline.
+"""Draws a result file: on GPUs bandwidth over SMs and over tokens, with the link's ceiling; else times and baselines.
 
     python bench/plot.py bench/results/cpu.json [PNG]
 
@@ -8,9 +8,15 @@ Needs matplotlib: pip install 'deep-a2a[bench]'.
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from deep_a2a.benchmark.record import Record, ResultFile
+
+Curve = list[tuple[int, float]]
 
 
 def label(record: Record) -> str:
@@ -34,15 +40,58 @@ def label(record: Record) -> str:
     return " ".join(parts)
 
 
-def draw(results: ResultFile, path: Path) -> None:
-    """Writes the plot of all records to `path`."""
-    import matplotlib
+def curves(
+    records: Iterable[Record], along: Callable[[Record], int | None], fixed: Callable[[Record], Any]
+) -> dict[str, Curve]:
+    """Wire GB/s by what `along` gives, one curve for each payload and layout; curves of one point are left out.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Of plain records only: uniform routing, nothing cached or copied. `fixed` is what else may not change along a curve;
+    of several values, that with the most points is drawn.
+    """
+    points: dict[tuple[str, Any], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        at = along(record)
+        plain = record.routing == "uniform" and record.input == "lent" and not (record.cached or record.host_sync)
+        if at is None or not plain or record.graph or (record.op == "dispatch" and record.output == "owned"):
+            continue
+        payload = "bf16" if record.op == "combine" else record.dtype  # what combine moves, whatever came
+        points[f"{record.op} {payload} {record.layout}", fixed(record)][at].append(record.wire_gbs)
+    drawn: dict[str, Curve] = {}
+    for (name, _), values in sorted(points.items(), key=lambda item: len(item[1])):
+        if len(values) > 1:
+            drawn[name] = [(at, statistics.median(values[at])) for at in sorted(values)]
+    return dict(sorted(drawn.items()))
 
-    records = list(results.records)[::-1]  # a horizontal bar chart starts at the bottom
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(records)), layout="constrained")
+
+def draw_bandwidth(records: Sequence[Record], figure: Any) -> None:
+    """Two plots: over SMs at one number of tokens, and over tokens at one number of SMs."""
+    sides = figure.subplots(1, 2, sharey=True)
+    over_sms = curves(records, lambda record: record.num_sms, lambda record: record.num_tokens)
+    over_tokens = curves(records, lambda record: record.num_tokens, lambda record: record.num_sms)
+    names = list(dict.fromkeys([*over_sms, *over_tokens]))
+    for axes, what, drawn in zip(sides, ("SMs", "tokens per rank"), (over_sms, over_tokens), strict=True):
+        for name, curve in drawn.items():
+            at, gbs = zip(*curve, strict=True)
+            dashes = ":" if name.startswith("combine") else "-"
+            axes.plot(at, gbs, dashes, marker="o", color=f"C{names.index(name) % 10}", label=name)
+        if what != "SMs":
+            axes.set_xscale("log", base=2)
+        ticks = sorted({at for curve in drawn.values() for at, _ in curve})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        best = max((r for r in records if r.ceiling_gbs is not None), key=lambda r: r.ceiling_gbs or 0, default=None)
+        if best is not None and best.ceiling_gbs is not None:
+            axes.axhline(best.ceiling_gbs, color="black", linestyle="--", label=f"ceiling: {best.ceiling_of}")
+        axes.set_xlabel(what)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    sides[0].set_ylabel("GB/s on the busiest link, per GPU")
+    sides[0].legend(fontsize="x-small")
+
+
+def draw_times(records: Sequence[Record], figure: Any) -> None:
+    """One pair of bars per record, total time and baseline."""
+    axes = figure.subplots()
+    records = records[::-1]  # a horizontal bar chart starts at the bottom
     places = range(len(records))
     axes.barh([place + 0.2 for place in places], [record.total_us / 1e3 for record in records], 0.4, label="deep_a2a")
     with_baseline = [(place, record) for place, record in enumerate(records) if record.baseline_us is not None]
@@ -57,10 +106,24 @@ def draw(results: ResultFile, path: Path) -> None:
     axes.set_yticks(list(places), [label(record) for record in records], fontsize="small")
     axes.set_xlabel("ms, slowest rank, median")
     axes.margins(y=0.01)
-    axes.set_title(
-        f"{results.machine.get('cpu')}, {results.machine.get('cores')} cores, {results.date}", fontsize="small"
-    )
     axes.legend()
+
+
+def draw(results: ResultFile, path: Path) -> None:
+    """Writes the plot of all records to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record in results.records if record.op != "overlap"]
+    on_gpus = any(record.backend != "cpu" for record in records)
+    size = (12, 5.5) if on_gpus else (9, 1.5 + 0.3 * len(records))
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    (draw_bandwidth if on_gpus else draw_times)(records, figure)
+    machine = results.machine
+    where = f"{machine['gpus']} x {machine['gpu']}" if "gpu" in machine else f"{machine.get('cpu')}"
+    figure.suptitle(f"{where}, {machine.get('cores')} cores, {results.date}", fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from deep_a2a.bootstrap import exchange_windows, meet, ranks_per_host
-from deep_a2a.cpu_backend import CpuBackend
+from deep_a2a.backend import Halves
+from deep_a2a.construction import Options, construct
 from deep_a2a.group import as_group
-from deep_a2a.memory import MemoryTable, check_affordable, table_of
+from deep_a2a.lending import lend_input, lend_rows
+from deep_a2a.memory import MemoryTable
 from deep_a2a.operations import Operations
-from deep_a2a.payload import DispatchInput, check_combine, check_payload, check_routing, describe
+from deep_a2a.payload import describe
 from deep_a2a.pending import PendingCombine, PendingDispatch
-from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
-from deep_a2a.settings import LayoutName, Settings
+from deep_a2a.requests import combine_request, combine_shape, dispatch_request
+from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult, Event
+from deep_a2a.settings import LayoutName
+from deep_a2a.sites import BackendName, StreamName
+
+if TYPE_CHECKING:
+    import torch
+
+    from deep_a2a.payload import DispatchInput
 
 
 class Buffer:
@@ -27,9 +33,13 @@ class Buffer:
 
     Expert `e` lives on rank ``e // num_local_experts``; rank `r` is on node ``r // ranks_per_node``.
 
+    Arrays are torch tensors, or CuPy arrays on a GPU (`deep_a2a.numpy_arrays` has the dtypes that CuPy lacks), or
+    anything that speaks ``__cuda_array_interface__`` or DLPack. They lie where the backend works, on `device`. Results
+    come in the library of the input.
+
     Attributes: rank, num_ranks, node, num_nodes, local_rank, ranks_per_node, num_local_experts (int), max_recv_rows
-    (int: rows of ``x`` that a slot holds), memory (`MemoryTable`), settings, and the arguments hidden, num_experts,
-    num_topk, num_max_tokens_per_rank, layout.
+    (int: rows of ``x`` that a slot holds), memory (`MemoryTable`), backend (str, never "auto"), settings, and the
+    arguments hidden, num_experts, num_topk, num_max_tokens_per_rank, layout.
 
     Args:
         group: a ``torch.distributed`` process group, None for the default one, or a `deep_a2a.group.Group`.
@@ -38,8 +48,10 @@ class Buffer:
         num_topk: experts per token, 1 to 32.
         num_max_tokens_per_rank: the most tokens that one rank dispatches at a time.
         ranks_per_node: None for the ranks of each host. Otherwise it splits them into pretend nodes, and all traffic
-            between these takes the path between nodes.
-        backend: "cpu" (ranks are processes of one host), or "auto", which today is the same.
+            between these takes the path between nodes. Backends "cuda" and "emulated": all ranks are of one node.
+        backend: "cpu" (ranks are processes of one host), "cuda" (ranks have GPUs of one host that reach each other over
+            NVLink or PCIe; several may share one), "emulated" (the kernels of "cuda" on the CPU, slowly: for tests), or
+            "auto": "cuda" where there is a GPU for torch or CuPy, or for `device`, else "cpu".
         layout: of received rows: "rank" (a row per token and rank), "expert" (a row per token and local expert,
             grouped by expert), "padded" (the same in a fixed [experts, capacity] shape).
         expert_alignment: layout "expert": every expert's group starts at a multiple of it.
@@ -49,13 +61,18 @@ class Buffer:
         num_slots: results that may be leased at a time.
         num_lanes: sequences of operations that run beside each other.
         timeout_s: seconds that a rank waits for another before it gives up.
-        num_sms: SMs that a kernel may take; of no meaning on the CPU.
-        network_seed: tests: deliver what goes between nodes late, in pieces and out of order, as drawn from the seed.
+        num_sms: SMs that a kernel takes; None for the default. Of no meaning on the CPU.
+        device: backend "cuda": index of the GPU; None for the current one.
+        stream: backend "cuda": "own" runs each lane on a communication stream of its own, of high priority; "current"
+            runs everything on the caller's current stream.
+        network_seed: tests: deliver what goes between nodes late, in pieces and out of order, as drawn from the seed;
+            backends "cuda" and "emulated": signal late.
 
     Raises:
         TypeError, ValueError: a setting is bad (on that rank; the others raise CommError).
         MismatchError: settings differ between ranks.
-        MemoryError: the windows do not fit the host; the message holds the memory table.
+        MemoryError: the windows do not fit the host, or a rank's GPU; the message holds the memory table.
+        CommError: the ranks are not on one host, or two of their GPUs do not reach each other; the pair is named.
         CommTimeoutError: a rank did not come.
     """
 
@@ -68,7 +85,7 @@ class Buffer:
         num_topk: int,
         num_max_tokens_per_rank: int,
         ranks_per_node: int | None = None,
-        backend: Literal["auto", "cpu"] = "auto",
+        backend: BackendName = "auto",
         layout: LayoutName = "rank",
         expert_alignment: int = 1,
         expert_capacity: int | None = None,
@@ -77,6 +94,8 @@ class Buffer:
         num_lanes: int = 2,
         timeout_s: float = 300.0,
         num_sms: int | None = None,
+        device: int | None = None,
+        stream: StreamName = "own",
         network_seed: int | None = None,
     ) -> None:
         self.group = as_group(group)
@@ -94,34 +113,20 @@ class Buffer:
             "num_slots": num_slots,
             "num_lanes": num_lanes,
         }
-        error = None
-        try:
-            _check_options(backend, timeout_s, num_sms, network_seed)
-            nodes = self.num_ranks if ranks_per_node is None else ranks_per_node
-            Settings(num_ranks=self.num_ranks, ranks_per_node=nodes, **given).shape()
-        except (TypeError, ValueError) as bad:
-            error, timeout_s = bad, 300.0
-        compared = {**given, "ranks_per_node": ranks_per_node, "backend": backend, "num_sms": num_sms}
-        listener, members = meet(self.group, compared, error, timeout_s)
-        with listener:
-            if ranks_per_node is None:
-                ranks_per_node = ranks_per_host([member.host for member in members])
-            settings = Settings(num_ranks=self.num_ranks, ranks_per_node=ranks_per_node, **given)
-            self.memory: MemoryTable = table_of(settings.shape())
-            check_affordable(self.memory, self.num_ranks)
-            windows = exchange_windows(self.group, listener, members, self.memory.total_bytes, timeout_s)
-
-        self.settings = settings
-        self.ranks_per_node = ranks_per_node
+        options = Options(backend, device, num_sms, stream, timeout_s, network_seed)
+        made = construct(self.group, given, ranks_per_node, options)
+        self.settings = made.settings
+        self.memory: MemoryTable = made.memory
+        self.backend = made.name
+        self.ranks_per_node = ranks_per_node = made.settings.ranks_per_node
         self.num_nodes = self.num_ranks // ranks_per_node
         self.node, self.local_rank = divmod(self.rank, ranks_per_node)
         self.hidden, self.num_experts, self.num_topk = hidden, num_experts, num_topk
         self.num_local_experts = num_experts // self.num_ranks
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.layout = layout
-        self.max_recv_rows: int = settings.shape().slot_rows
-        backend_here = CpuBackend(settings, self.rank, windows, timeout_s, network_seed)
-        self._operations: Operations | None = Operations(settings, backend_here)
+        self.max_recv_rows: int = made.backend.shape.slot_rows
+        self._operations: Operations | None = Operations(made.settings, made.backend)
 
     # Operations.
 
@@ -139,6 +144,7 @@ class Buffer:
         zero_padding: bool = False,
         lane: int = 0,
         async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> DispatchResult:
         """Send every token to the ranks that hold its experts.
 
@@ -161,19 +167,32 @@ class Buffer:
                 Without it they hold anything.
             lane: on which to run.
             async_op: return before the rows have arrived; ``result.event`` tells when.
+            previous_event: of another operation, of this or another Buffer, that comes first.
+
+        Streams (backend "cuda"): the operation comes after what is on the caller's current stream, and what the caller
+        launches there afterwards comes after the operation. With ``async_op=True`` that is so from ``event.wait()`` on,
+        which does not block the host; until then `x` must not be overwritten. The host waits for the counts alone, so
+        not at all with ``host_sync=False`` or a handle. Inputs and results are not freed while kernels use them.
+
+        With ``host_sync=False``, dispatch, combine and ``result.release()`` can be captured in a CUDA graph. The graph
+        has to release what it dispatches. A handle or an event from before the capture has to be over when it begins,
+        and so have other operations of the lanes at a replay. No replay after `destroy`.
 
         Raises:
-            TypeError, ValueError: a bad argument; an expert out of range is raised on every rank.
+            TypeError, ValueError: a bad argument; an expert out of range is raised on every rank. With
+                ``host_sync=False`` a GPU finds it later: the result has counts of zero, and a later call,
+                ``event.synchronize()`` or `check` raises. So it is with CapacityError and MismatchError.
             CapacityError, MismatchError: on every rank, before a row reached a slot. The buffer stays usable, unless
                 the ranks disagree on the slot or on what a cached dispatch is.
             LeaseError: no slot is free. Nothing was sent: release a result and call again.
             CommTimeoutError, PeerAbortError: a rank was lost or late. The buffer is of no use any more.
         """
-        return self.dispatch_send(
+        return self._dispatch(
+            Halves.together,
             x,
             topk_idx,
             topk_weights,
-            handle=handle,
+            handle,
             quantize=quantize,
             scale_format=scale_format,
             host_sync=host_sync,
@@ -181,6 +200,7 @@ class Buffer:
             zero_padding=zero_padding,
             lane=lane,
             async_op=async_op,
+            previous_event=previous_event,
         ).recv()
 
     def dispatch_send(
@@ -197,34 +217,27 @@ class Buffer:
         zero_padding: bool = False,
         lane: int = 0,
         async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> PendingDispatch:
         """The send half of `dispatch`, same arguments; ``recv()`` of what it returns is the other half.
 
         A receive half relays for other ranks. So halves of different lanes are received in the same order on every
         rank, or with ``async_op=True``, which does not block.
         """
-        operations = self._usable(lane)
-        payload = check_payload(x, quantize, scale_format, self.hidden, self.num_max_tokens_per_rank)
-        if output not in ("leased", "owned"):
-            raise ValueError(f"output must be 'leased' or 'owned', got {output!r}")
-        if handle is None:
-            topk_idx, topk_weights = check_routing(topk_idx, topk_weights, payload.num_tokens, self.num_topk)
-        else:
-            self._check_handle(handle)
-            if topk_idx is not None or topk_weights is not None:
-                raise ValueError("topk_idx and topk_weights must be None when a handle is given: it has both")
-            if payload.num_tokens != handle.num_tokens:
-                raise ValueError(f"x must have the handle's {handle.num_tokens} tokens, got {payload.num_tokens}")
-        return operations.dispatch(
-            payload,
+        return self._dispatch(
+            Halves.apart,
+            x,
             topk_idx,
             topk_weights,
             handle,
-            lane=lane,
+            quantize=quantize,
+            scale_format=scale_format,
             host_sync=host_sync,
-            owned=output == "owned",
+            output=output,
             zero_padding=zero_padding,
+            lane=lane,
             async_op=async_op,
+            previous_event=previous_event,
         )
 
     def combine(
@@ -236,6 +249,7 @@ class Buffer:
         side: torch.Tensor | None = None,
         lane: int = 0,
         async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> CombineResult:
         """Bring the experts' outputs back to the tokens' ranks and sum them, in FP32 and in a fixed order.
 
@@ -249,11 +263,11 @@ class Buffer:
             weighted: layouts "expert" and "padded": multiply each row by its top-k weight (the default) or just add.
             side: float32 values to bring back beside the rows, one per top-k slot and without a sum. Layout "rank":
                 [rank_rows, num_topk]; others: one per row of `x`. Gradients of the top-k weights travel this way.
-            lane, async_op: as for `dispatch`.
+            lane, async_op, previous_event: as for `dispatch`, and so are streams.
 
         Raises: as `dispatch`, but for capacity and leases.
         """
-        return self.combine_send(x, handle, weighted=weighted, side=side, lane=lane, async_op=async_op).recv()
+        return self._combine(Halves.together, x, handle, weighted, side, lane, async_op, previous_event).recv()
 
     def combine_send(
         self,
@@ -264,35 +278,27 @@ class Buffer:
         side: torch.Tensor | None = None,
         lane: int = 0,
         async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> PendingCombine:
         """The send half of `combine`, same arguments; ``recv()`` of what it returns is the other half."""
-        operations = self._usable(lane)
-        self._check_handle(handle)
-        if self.layout == "rank" and weighted:
-            raise ValueError(
-                "weighted must be None or False in layout 'rank', whose rows the layer has weighed, got True"
-            )
-        row_shape = self._row_shape(handle)
-        side_shape = (*row_shape, self.num_topk) if self.layout == "rank" else row_shape
-        check_combine(x, (*row_shape, self.hidden), side, side_shape)
-        weigh = self.layout != "rank" and weighted is not False
-        return operations.combine(x, side, handle, lane=lane, weighted=weigh, async_op=async_op)
+        return self._combine(Halves.apart, x, handle, weighted, side, lane, async_op, previous_event)
 
     # Lent memory.
 
-    def lend_input(self, num_tokens: int, dtype: torch.dtype = torch.bfloat16, *, lane: int = 0) -> torch.Tensor:
+    def lend_input(self, num_tokens: int, dtype: torch.dtype | None = None, *, lane: int = 0) -> torch.Tensor:
         """Window memory [num_tokens, hidden] to write the input of the lane's next dispatch into.
 
         On the CPU, dispatch reads any tensor in place, so lent input saves nothing; where peers read the input
-        themselves it saves a copy. One per lane: a later call returns the same memory. May be overwritten once the
-        dispatch that read it has returned.
+        themselves (backend "cuda", layouts "expert" and "padded") it saves a copy. One per lane: a later call returns
+        the same memory. May be overwritten once the dispatch that read it has returned; on a GPU, in stream order.
+
+        `dtype` is bfloat16 (None) or an FP8, of torch; or of NumPy, for an array of CuPy (or of NumPy, in host memory).
         """
         operations = self._usable(lane)
         if not 0 <= num_tokens <= self.num_max_tokens_per_rank:
             raise ValueError(f"num_tokens must be in [0, {self.num_max_tokens_per_rank}], got {num_tokens}")
-        if dtype.itemsize > 2:
-            raise ValueError(f"dtype must have at most 2 bytes (bfloat16 or an FP8), got {dtype}")
-        return operations.backend.view("input_rows", lane, num_tokens, self.hidden, dtype)
+        lent: torch.Tensor = lend_input(operations.backend, num_tokens, self.hidden, dtype, lane)
+        return lent
 
     def lend_expert_output(self, handle: DispatchHandle | DispatchResult, *, lane: int = 0) -> torch.Tensor:
         """Layout "rank": window memory, bfloat16 [rank_rows, hidden], for the input of the lane's next combine.
@@ -307,7 +313,9 @@ class Buffer:
             )
         owner = handle.handle if isinstance(handle, DispatchResult) else handle
         self._check_handle(owner)
-        return operations.backend.view("combine_rows", lane, self._row_shape(owner)[0], self.hidden, torch.bfloat16)
+        num_rows = combine_shape(self.settings, operations.backend, owner)[0]
+        lent: torch.Tensor = lend_rows(operations.backend, handle, num_rows, self.hidden, lane)
+        return lent
 
     # State.
 
@@ -315,19 +323,19 @@ class Buffer:
     def wire_bytes(self) -> dict[str, int]:
         """Bytes that this rank has moved so far, by link class.
 
-        "shm": stored to or read from other ranks of its node; "network": put to other nodes.
+        "shm" ("nvlink" with the backends "cuda" and "emulated"): stored to or read from other ranks of its node;
+        "network": put to other nodes. On GPUs: of the operations that have come to their end.
         """
-        engine = self._usable().backend.engine
-        return {"shm": engine.shm_bytes, "network": engine.network_bytes}
+        return self._usable().backend.wire_bytes
 
     def check(self) -> None:
-        """Raise what made the buffer useless, if anything did."""
-        self._usable().backend.engine.check()
+        """Raise what made the buffer useless, or what a dispatch was refused with, as far as that is known."""
+        self._usable().backend.check()
 
     def destroy(self) -> None:
         """Finish what was launched and stop. No collective: returns whatever the other ranks do, by the deadline.
 
-        The windows stay mapped until the last result, handle or view of them is dropped. Repeated calls do nothing.
+        The own window stays until the last result or view of it is dropped. Repeated calls do nothing.
         """
         operations, self._operations = self._operations, None
         if operations is not None:
@@ -345,6 +353,52 @@ class Buffer:
 
     # Inside.
 
+    def _dispatch(
+        self,
+        halves: Halves,
+        x: DispatchInput,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        handle: DispatchHandle | None,
+        *,
+        lane: int,
+        async_op: bool,
+        **modes: Any,
+    ) -> PendingDispatch:
+        operations = self._usable(lane)
+        if handle is not None:
+            self._check_handle(handle)
+        request = dispatch_request(
+            self.settings, operations.backend, x, topk_idx, topk_weights, handle, lane=lane, halves=halves, **modes
+        )
+        return operations.dispatch(request, async_op=async_op)
+
+    def _combine(
+        self,
+        halves: Halves,
+        x: torch.Tensor,
+        handle: DispatchHandle,
+        weighted: bool | None,
+        side: torch.Tensor | None,
+        lane: int,
+        async_op: bool,
+        previous_event: Event | None,
+    ) -> PendingCombine:
+        operations = self._usable(lane)
+        self._check_handle(handle)
+        request = combine_request(
+            self.settings,
+            operations.backend,
+            x,
+            handle,
+            weighted=weighted,
+            side=side,
+            lane=lane,
+            halves=halves,
+            previous_event=previous_event,
+        )
+        return operations.combine(request, async_op=async_op)
+
     def _usable(self, lane: int = 0) -> Operations:
         if self._operations is None:
             raise RuntimeError("the Buffer was destroyed")
@@ -357,23 +411,3 @@ class Buffer:
             raise TypeError(f"handle must be a DispatchHandle, got {describe(handle)}")
         if handle.owner is not self._operations:
             raise ValueError("handle must come from a dispatch of this Buffer, got one of another Buffer")
-
-    def _row_shape(self, handle: DispatchHandle) -> tuple[int, ...]:
-        """Of the rows that combine takes, without their channels."""
-        shape = self._usable().backend.shape
-        if self.layout == "padded":
-            return (self.num_local_experts, shape.slot_rows // self.num_local_experts)
-        if self.layout == "expert":
-            return (shape.slot_rows if handle.fixed_shapes else handle.num_rows,)
-        return (shape.slot_rank_rows if handle.fixed_shapes else handle.num_rank_rows,)
-
-
-def _check_options(backend: str, timeout_s: float, num_sms: int | None, network_seed: int | None) -> None:
-    """Settings that may differ between ranks, or that no shape depends on."""
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"backend must be 'auto' or 'cpu' (this version has no CUDA backend), got {backend!r}")
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= 1e6:
-        raise ValueError(f"timeout_s must be seconds in (0, 1e6], got {timeout_s!r}")
-    for name, value in (("num_sms", num_sms), ("network_seed", network_seed)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
-            raise ValueError(f"{name} must be None or an int in [0, 2**31), got {value!r}")

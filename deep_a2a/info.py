@@ -6,7 +6,6 @@ No probe may make the command fail: what a probe cannot find out becomes part of
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -20,20 +19,13 @@ from importlib import import_module
 from pathlib import Path
 
 from deep_a2a.benchmark.machine import cpu_model, memory_bytes, num_usable_cores, package_version
+from deep_a2a.info_answer import Answer as Answer
+from deep_a2a.info_gpu import cuda_backend, emulated_backend, gpu, nvlink
 
 _NVCC_TIMEOUT_S = 10
 _NVSHMEM_PACKAGES = {"cu13": "nvidia-nvshmem-cu13", "cu12": "nvidia-nvshmem-cu12"}
 _CUPY_PACKAGES = {"cu13": "cupy-cuda13x", "cu12": "cupy-cuda12x", "other": "cupy"}
 _MIN_FILES = 256
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a probe found. `remedy` says how to get what is not available; None where nothing is to be done."""
-
-    available: bool
-    detail: str
-    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,10 +159,6 @@ def _cpu_backend() -> Answer:
     return Answer(True, "ranks are processes of this host, nodes are emulated (ranks_per_node)")
 
 
-def _cuda_backend() -> Answer:
-    return Answer(False, 'not in this version; backend="cpu" runs the same protocol')
-
-
 def _nvcc() -> Answer:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = os.pathsep.join(str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda"))
@@ -182,29 +170,11 @@ def _nvcc() -> Answer:
     return Answer(True, f"{path}: {release.strip()}")
 
 
-def _gpu() -> Answer:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Answer(False, "no NVIDIA driver (libcuda.so.1)", "run on a machine with an NVIDIA GPU and its driver")
-    count = ctypes.c_int(0)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status or count.value == 0:
-        return Answer(False, f"the driver offers no GPU (status {status})", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    name = ctypes.create_string_buffer(128)
-    driver.cuDeviceGetName(name, len(name), 0)
-    return Answer(True, f"{count.value} x {name.value.decode(errors='replace')}")
-
-
 def _shm() -> Answer:
     native = _guarded(_cpu_backend)
     return Answer(
         native.available, f"between processes of a host{'' if native.available else '; needs the cpu backend'}"
     )
-
-
-def _nvlink() -> Answer:
-    return Answer(False, "between GPUs of a host; needs the cuda backend")
 
 
 def _nvshmem() -> Answer:
@@ -225,11 +195,12 @@ _PROBES: tuple[tuple[str, str, Callable[[], Answer]], ...] = (
     ("machine", "kernel", _kernel),
     ("machine", "memory", _memory),
     ("backends", "cpu", _cpu_backend),
-    ("backends", "cuda", _cuda_backend),
+    ("backends", "cuda", cuda_backend),
+    ("backends", "emulated", emulated_backend),
     ("backends", "nvcc", _nvcc),
-    ("backends", "gpu", _gpu),
+    ("backends", "gpu", gpu),
     ("transports", "shm", _shm),
-    ("transports", "nvlink", _nvlink),
+    ("transports", "nvlink", nvlink),
     ("transports", "nvshmem", _nvshmem),
     ("limits", "memfd", _memfd),
     ("limits", "memory limit", _memory_limit),

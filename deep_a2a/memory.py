@@ -38,7 +38,8 @@ class RegionSize:
 class MemoryTable:
     """The regions of one rank's window and their sizes in bytes; ``str()`` is a table.
 
-    On the CPU backend these are upper bounds: pages of a window take memory when they are first written.
+    On the CPU backend these are upper bounds: pages of a window take memory when they are first written. On the CUDA
+    backend a window is memory of the GPU, taken at once; beside it each rank takes some hundred KiB for its kernels.
     """
 
     regions: tuple[RegionSize, ...]
@@ -57,12 +58,19 @@ def table_of(shape: Shape) -> MemoryTable:
     return MemoryTable(tuple(RegionSize(*row) for row in regions(shape)), shape.window_bytes)
 
 
-def check_affordable(table: MemoryTable, ranks_on_host: int) -> None:
-    """MemoryError, with the table, where the windows of a host could outgrow its memory."""
+def check_affordable(window_bytes: int, ranks_on_host: int) -> None:
+    """MemoryError where the windows of a host could outgrow its memory."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if table.total_bytes * ranks_on_host > available:
+    if window_bytes * ranks_on_host > available:
         raise MemoryError(
-            f"{ranks_on_host} windows of {format_bytes(table.total_bytes)} exceed this host's memory of "
-            f"{format_bytes(available)}: lower num_max_tokens_per_rank, num_slots or num_lanes, or bound the received "
-            f"rows (max_recv_rows; layout 'padded': expert_capacity)\n{table}"
+            f"{ranks_on_host} windows of {format_bytes(window_bytes)} exceed this host's memory of "
+            f"{format_bytes(available)}"
         )
+
+
+def with_advice(error: MemoryError, table: MemoryTable) -> MemoryError:
+    """`error` with what can be done, and the table that shows what for."""
+    return MemoryError(
+        f"{error}: lower num_max_tokens_per_rank, num_slots or num_lanes, or bound the received rows (max_recv_rows; "
+        f"layout 'padded': expert_capacity)\n{table}"
+    )

@@ -19,10 +19,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-GROUP_CHANNELS = 128
-"""Channels that share one scale."""
+from deep_a2a.formats import FP8_NAMES, GROUP_CHANNELS, SCALE_NAMES, canonical_format, num_scale_groups
 
-FP8_DTYPES: dict[str, torch.dtype] = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+__all__ = [
+    "FP8_DTYPES",
+    "FP8_FORMATS",
+    "FP8_MAX",
+    "GROUP_CHANNELS",
+    "SCALE_DTYPES",
+    "canonical_format",
+    "dequantize",
+    "num_scale_groups",
+    "quantize",
+]
+
+FP8_DTYPES: dict[str, torch.dtype] = {fmt: getattr(torch, name) for fmt, name in FP8_NAMES.items()}
 """The torch dtype of each format name."""
 
 FP8_FORMATS: dict[torch.dtype, str] = {dtype: fmt for fmt, dtype in FP8_DTYPES.items()}
@@ -31,37 +42,13 @@ FP8_FORMATS: dict[torch.dtype, str] = {dtype: fmt for fmt, dtype in FP8_DTYPES.i
 FP8_MAX: dict[str, float] = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
 """The largest finite value of each format."""
 
-SCALE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "ue8m0": torch.uint8}
+SCALE_DTYPES: dict[str, torch.dtype] = {fmt: getattr(torch, name) for fmt, name in SCALE_NAMES.items()}
 """The dtype in which `quantize` returns the scales of each scale format."""
 
-_FORMAT_ALIASES = {"fp8": "fp8_e4m3"}
 _AMAX_FLOOR = 2.0**-96
 _NAN_BYTE = 0x7F
 _UE8M0_LARGEST = 254  # 2^127; the byte 255 means NaN
 _MANTISSA_BITS = 23
-
-
-def canonical_format(fmt: str) -> str:
-    """Resolve the alias ``"fp8"`` and check the name of an FP8 format.
-
-    Returns:
-        A key of `FP8_DTYPES` and `FP8_MAX`.
-
-    Raises:
-        ValueError: ``fmt`` is not the name of a format.
-    """
-    name = _FORMAT_ALIASES.get(fmt, fmt)
-    if name not in FP8_DTYPES:
-        known = ", ".join(repr(each) for each in (*FP8_DTYPES, *_FORMAT_ALIASES))
-        raise ValueError(f"fmt is {fmt!r}, expected one of {known}")
-    return name
-
-
-def num_scale_groups(hidden: int) -> int:
-    """How many scales a row of ``hidden`` channels has: one for each 128, the last group may be shorter."""
-    if hidden < 1:
-        raise ValueError(f"hidden is {hidden}, expected at least 1")
-    return -(-hidden // GROUP_CHANNELS)
 
 
 def quantize(

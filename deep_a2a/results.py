@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
+from deep_a2a.arrays import library_of
 
 if TYPE_CHECKING:
-    from deep_a2a._cpu import DispatchCall
+    import torch
+
+    from deep_a2a.leases import Lease
 
 
+@runtime_checkable
 class Event(Protocol):
     """A point on a lane that will be passed."""
 
     def wait(self) -> None:
-        """Block until it is passed. Raises what the operation failed with."""
+        """Nothing that the caller does after this comes before that point.
+
+        CPU: blocks until it is passed. CUDA: makes the caller's current stream wait, not the host. Raises what the
+        operation failed with, as far as that is known by then.
+        """
+
+    def synchronize(self) -> None:
+        """Block the host until it is passed. Raises what the operation failed with."""
 
     def done(self) -> bool:
         """Whether it has been passed; never blocks, never raises."""
@@ -30,9 +41,11 @@ class _ShortRepr:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return repr(value)
+    library = library_of(value)
+    if library is None:
+        return repr(value)
+    array = library.describe(value)
+    return f"{array.dtype} {list(array.shape)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,20 +57,20 @@ class DispatchHandle(_ShortRepr):
     Attributes:
         num_tokens: tokens that this rank sent.
         num_rows: rows of ``x`` that this rank received, padding between groups counted; layout "padded":
-            num_local_experts * expert_capacity.
-        num_rank_rows: (token, this rank) pairs received; equals `num_rows` in layout "rank".
+            num_local_experts * expert_capacity. None where only the GPU knows (``host_sync=False``).
+        num_rank_rows: (token, this rank) pairs received; equals `num_rows` in layout "rank". None as `num_rows`.
         fixed_shapes: made with ``host_sync=False``.
         lane: of the dispatch.
         owner, call: the Buffer's side and the native side, of no use to callers.
     """
 
     num_tokens: int
-    num_rows: int
-    num_rank_rows: int
+    num_rows: int | None
+    num_rank_rows: int | None
     fixed_shapes: bool
     lane: int
     owner: object = field(repr=False)
-    call: DispatchCall = field(repr=False)
+    call: Any = field(repr=False)
 
 
 @dataclass(repr=False)
@@ -121,7 +134,12 @@ class DispatchResult(_ShortRepr):
     lease: Lease | None = field(repr=False)
 
     def release(self) -> None:
-        """Give the slot back once the lane has come to this point. Repeated calls do nothing."""
+        """Give the slot back; nothing that comes later may touch the rows. Repeated calls do nothing.
+
+        CPU: once the lane has come to this point. CUDA: in the order of the caller's current stream, without waiting on
+        the host. A result that is dropped instead is given back in the order of the stream that was current at
+        ``dispatch``: readers on other streams have to be waited for before.
+        """
         if self.lease is not None:
             self.lease.release()
 
@@ -133,12 +151,11 @@ class DispatchResult(_ShortRepr):
         """
         if self.expert_rows is None:
             return None
-        shape = self.x.shape[:-1]
-        spare = shape.numel()  # where slots of other ranks go
-        flat = torch.zeros(spare + 1, dtype=torch.float32)
-        rows = self.expert_rows.flatten().long()
-        flat[torch.where(rows < 0, spare, rows)] = self.topk_weights.flatten()
-        return flat[:spare].view(shape)
+        library = library_of(self.expert_rows)
+        assert library is not None
+        shape = tuple(self.x.shape[:-1])
+        weights: torch.Tensor = library.spread(self.topk_weights, self.expert_rows, math.prod(shape)).reshape(shape)
+        return weights
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,27 +171,3 @@ class CombineResult(_ShortRepr):
     x: torch.Tensor
     side: torch.Tensor | None
     event: Event | None
-
-
-class Lease:
-    """The right to one slot, given back once."""
-
-    def __init__(self, slots: Slots, slot: int) -> None:
-        self.slot = slot
-        self._slots: Slots | None = slots
-        self._call: DispatchCall | None = None
-
-    def bind(self, call: DispatchCall) -> None:
-        """The dispatch that writes into the slot: it has to be over before the slot is free."""
-        self._call = call
-
-    def release(self) -> None:
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.give_back(self.slot, self._call)
-
-
-class Slots(Protocol):
-    """Where leases come from."""
-
-    def give_back(self, slot: int, call: DispatchCall | None) -> None: ...

@@ -9,13 +9,13 @@ import reference
 import torch
 from exchange import COUNT_FIELDS, RANK_ROW_FIELDS, ROW_FIELDS, Received, Turn, run_cases, side_width
 from generators import Case
-from pool import Pool
+from pool import RUN_DEADLINE_S, Pool
 
 
-def check(pool: Pool, cases: Sequence[Case]) -> None:
+def check(pool: Pool, cases: Sequence[Case], deadline_s: float = RUN_DEADLINE_S) -> None:
     """Runs the cases on all ranks and compares all that they got with the oracle."""
     __tracebackhide__ = True
-    for case, *by_rank in zip(cases, *pool.run(run_cases, cases), strict=True):
+    for case, *by_rank in zip(cases, *pool.run(run_cases, cases, deadline_s=deadline_s), strict=True):
         check_case(case, by_rank)
 
 
@@ -23,15 +23,10 @@ def check_case(case: Case, by_rank: Sequence[Sequence[Turn]]) -> None:
     """`by_rank[rank][turn]` is what came out."""
     setting = case.setting()
     for number in range(2 if case.cached else 1):
-        sent = [data.inputs(case, rank, number) for rank in range(case.num_ranks)]
-        topk_idx = [each.topk_idx for each in sent]
-        scales = None if case.fmt == "bf16" else [each.scales for each in sent if each.scales is not None]
-        weights = [each.topk_weights for each in sent]
-        wanted = reference.dispatch(setting, [each.payload for each in sent], scales, topk_idx, weights)
+        wanted, sources = expected_dispatch(case, number)
         for rank, want in enumerate(wanted):
             check_received(case, f"turn {number}, rank {rank}", by_rank[rank][number].received, want)
 
-        sources = reference.token_sources(topk_idx)
         rows = [data.expert_output(case, rank, len(want.x), number) for rank, want in enumerate(wanted)]
         sums = reference.combine(setting, wanted, sources, rows, case.is_weighted)
         counts = [len(want.topk_idx if case.layout == "rank" else want.x) for want in wanted]
@@ -41,6 +36,16 @@ def check_case(case: Case, by_rank: Sequence[Sequence[Turn]]) -> None:
             where = f"turn {number}, rank {rank}"
             assert_same_bits(case, f"{where}, combined x", by_rank[rank][number].sums, sums[rank])
             assert_same_bits(case, f"{where}, side", by_rank[rank][number].side, sides[rank] if case.side else None)
+
+
+def expected_dispatch(case: Case, number: int) -> tuple[list[reference.Dispatched], torch.Tensor]:
+    """What each rank receives, and the rank that each token comes from."""
+    sent = [data.inputs(case, rank, number) for rank in range(case.num_ranks)]
+    topk_idx = [each.topk_idx for each in sent]
+    scales = None if case.fmt == "bf16" else [each.scales for each in sent if each.scales is not None]
+    weights = [each.topk_weights for each in sent]
+    wanted = reference.dispatch(case.setting(), [each.payload for each in sent], scales, topk_idx, weights)
+    return wanted, reference.token_sources(topk_idx)
 
 
 def check_received(case: Case, where: str, got: Received, want: reference.Dispatched) -> None:

@@ -39,12 +39,12 @@ def pools() -> Iterator[Callable[[int], Pool]]:
 
 
 @pytest.fixture
-def fresh_pool() -> Iterator[Callable[[int], Pool]]:
-    """`fresh_pool(num_ranks)` is a pool for one test: for those that kill a rank or leave one behind."""
+def fresh_pool() -> Iterator[Callable[..., Pool]]:
+    """`fresh_pool(num_ranks, **environment)` is a pool for one test: for those that kill a rank or leave one behind."""
     started: list[Pool] = []
 
-    def get(num_ranks: int) -> Pool:
-        started.append(Pool(num_ranks))
+    def get(num_ranks: int, **environment: str) -> Pool:
+        started.append(Pool(num_ranks, environment))
         return started[-1]
 
     yield get

@@ -10,9 +10,11 @@ from typing import Any
 import data
 import torch
 import torch.distributed as dist
+from backends import device_of, wait_for
 from generators import Case
 
 import deep_a2a
+from deep_a2a.results import Event
 
 ROW_FIELDS = ("x", "scales", "row_weights")
 RANK_ROW_FIELDS = ("topk_idx", "topk_weights", "expert_rows")
@@ -48,8 +50,10 @@ class Turn:
 def run_cases(group: dist.ProcessGroup, cases: Sequence[Case]) -> list[list[Turn]]:
     """The turns of each case. Cases in a row that ask for the same buffer share one."""
     turns: list[list[Turn]] = []
-    for arguments, same in itertools.groupby(cases, key=Case.buffer_arguments):
+    for arguments, same in itertools.groupby(cases, key=lambda case: case.buffer_arguments()):
+        device_of(arguments["backend"])
         with deep_a2a.Buffer(group, **arguments) as buffer:
+            assert buffer.backend == arguments["backend"]
             turns += [run_case(buffer, case) for case in same]
     return turns
 
@@ -68,10 +72,18 @@ def run_turn(
     received = copy_result(result)
     poison(result)
     combined = combine(buffer, case, number, result)
-    side = None if combined.side is None else combined.side.clone()
     if case.output == "leased":
         result.release()
-    return Turn(received, combined.x.clone(), side), result.handle
+    return turn_of(received, combined), result.handle
+
+
+def turn_of(received: Received, combined: deep_a2a.CombineResult) -> Turn:
+    return Turn(received, on_host(combined.x), None if combined.side is None else on_host(combined.side))
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy."""
+    return tensor.to("cpu", copy=True)
 
 
 def dispatch(
@@ -79,8 +91,9 @@ def dispatch(
 ) -> deep_a2a.DispatchResult:
     """With `handle` the cached form of it."""
     mine = data.inputs(case, buffer.rank, number)
-    x: Any = mine.x
-    scales = mine.scales
+    device = device_of(case.backend)
+    x: Any = mine.x.to(device)
+    scales = None if mine.scales is None else mine.scales.to(device)
     if case.lent:
         x = buffer.lend_input(len(mine.x), mine.x.dtype, lane=lane)
         x.copy_(mine.x)
@@ -102,20 +115,24 @@ def dispatch(
     if handle is not None:
         modes |= {"handle": handle}
     else:
-        modes |= {"topk_idx": mine.topk_idx}
+        modes |= {"topk_idx": mine.topk_idx.to(device)}
         if not case.default_weights:
-            modes |= {"topk_weights": mine.topk_weights}
+            modes |= {"topk_weights": mine.topk_weights.to(device)}
     result = buffer.dispatch_send(x, **modes).recv() if case.halves else buffer.dispatch(x, **modes)
     if case.async_op:
-        assert result.event is not None
-        result.event.wait()
-        assert result.event.done()
+        finish(case, result.event)
     return result
+
+
+def finish(case: Case, event: Event | None) -> None:
+    wait_for(event)
+    if case.backend != "cuda":  # where waiting is the stream's
+        assert event is not None and event.done()
 
 
 def spread(rows: torch.Tensor) -> torch.Tensor:
     """The same rows in a wider tensor."""
-    wide = torch.zeros(len(rows), rows.shape[1] + 24, dtype=rows.dtype)
+    wide = torch.zeros(len(rows), rows.shape[1] + 24, dtype=rows.dtype, device=rows.device)
     wide[:, : rows.shape[1]] = rows
     return wide[:, : rows.shape[1]]
 
@@ -127,7 +144,8 @@ def combine(
     if case.layout == "padded":
         num_rows = result.x.shape[0] * result.x.shape[1]
     shape = (*result.x.shape[:-1], case.hidden)
-    rows = torch.full(shape, torch.nan, dtype=torch.bfloat16)  # what no row occupies has to be ignored
+    device = result.x.device
+    rows = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device)  # what no row occupies has to be ignored
     if case.lent and case.layout == "rank":
         rows = buffer.lend_expert_output(result, lane=lane)
     rows.view(-1, case.hidden)[:num_rows] = data.expert_output(case, buffer.rank, num_rows, number)
@@ -135,7 +153,7 @@ def combine(
     if case.layout != "rank":
         modes |= {"weighted": case.weighted}
     if case.side:
-        side = torch.full(result.topk_idx.shape if case.layout == "rank" else shape[:-1], torch.nan)
+        side = torch.full(result.topk_idx.shape if case.layout == "rank" else shape[:-1], torch.nan, device=device)
         count = num_rank_rows if case.layout == "rank" else num_rows
         values = data.side_values(case, buffer.rank, (count, *side_width(case)))
         side.view(-1, *side_width(case))[:count] = values
@@ -145,8 +163,7 @@ def combine(
     else:
         combined = buffer.combine(rows, result.handle, **modes)
     if case.async_op:
-        assert combined.event is not None
-        combined.event.wait()
+        finish(case, combined.event)
     return combined
 
 
@@ -168,7 +185,7 @@ def copy_result(result: deep_a2a.DispatchResult) -> Received:
                 tensor = tensor[:num_rows]
             elif name in RANK_ROW_FIELDS:
                 tensor = tensor[:num_rank_rows]
-            tensor = tensor.clone()
+            tensor = on_host(tensor)
         tensors[name] = tensor
     return Received(tensors, shapes, result.num_rows, result.num_rank_rows)
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import reference
 import torch
+from backends import EMULATED_SMS, NODES, USUAL_NODES
 from hypothesis import strategies as st
 
-# Nodes and ranks per node of those that tests go through; a case may have others.
-TOPOLOGIES = {"1x1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "8x1": (8, 1), "2x3": (2, 3)}
 LAYOUTS = ("rank", "expert", "padded")
 ROUTINGS = ("uniform", "sparse", "one_expert", "one_rank", "nowhere", "repeated")
 # "fp8_*" with the scale format: rows that the caller has quantized. "cast": BF16 rows that dispatch quantizes.
@@ -47,6 +46,7 @@ class Case:
     """One dispatch, one combine, and a second pair of them with the first one's handle if `cached`."""
 
     topology: str = "2x4"
+    backend: str = "cpu"
     layout: str = "rank"
     hidden: int = 64
     local_experts: int = 4
@@ -59,7 +59,9 @@ class Case:
     expert_capacity: int | None = None
     num_slots: int = 2
     num_lanes: int = 1
-    network_seed: int | None = None
+    num_sms: int | None = None
+    stream: str = "own"
+    network_seed: int | None = None  # CPU: disturbed traffic between nodes; others: delays before releases
     idx_dtype: torch.dtype = torch.int64
     default_weights: bool = False
     host_sync: bool = True
@@ -116,7 +118,9 @@ class Case:
             "num_topk": self.num_topk,
             "num_max_tokens_per_rank": self.max_tokens,
             "ranks_per_node": self.ranks_per_node,
-            "backend": "cpu",
+            "backend": self.backend,
+            "num_sms": self.num_sms,
+            "stream": self.stream,
             "layout": self.layout,
             "num_slots": self.num_slots,
             "num_lanes": self.num_lanes,
@@ -144,6 +148,12 @@ class Case:
         )
 
 
+def case_on(backend: str, **fields: Any) -> Case:
+    """A case of `fields`, with the backend's usual ranks and SMs where they say nothing else."""
+    num_sms = EMULATED_SMS if backend == "emulated" else None
+    return Case(**{"topology": USUAL_NODES[backend], "backend": backend, "num_sms": num_sms, **fields})
+
+
 def random_tokens(numbers: random.Random, num_ranks: int, max_tokens: int) -> tuple[int, ...]:
     return tuple(numbers.choice([0, max_tokens, numbers.randint(0, max_tokens)]) for _ in range(num_ranks))
 
@@ -169,14 +179,15 @@ def rounds(case: Case, num_rounds: int, seed: int) -> list[Case]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, backend: str) -> Case:
     """Any case of a few tokens. It shrinks towards one rank, one token, one expert, and all modes off."""
-    topology = draw(st.sampled_from(list(TOPOLOGIES)))
+    topology = draw(st.sampled_from(NODES[backend]))
     num_ranks = Case(topology).num_ranks
     payload = draw(st.sampled_from(PAYLOADS))
     local_experts = draw(st.integers(1, 6))
     max_tokens = draw(st.integers(1, 9))
-    return Case(
+    return case_on(
+        backend,
         topology=topology,
         layout=draw(st.sampled_from(LAYOUTS)),
         hidden=draw(st.integers(1, 20)) * (8 if payload == "bf16" else 16),
@@ -188,6 +199,8 @@ def cases(draw: st.DrawFn) -> Case:
         payload=payload,
         expert_alignment=draw(st.sampled_from([1, 4, 7])),
         num_slots=draw(st.integers(1, 3)),
+        num_sms=None if backend == "cpu" else draw(st.integers(1, 5)),
+        stream="own" if backend == "cpu" else draw(st.sampled_from(["own", "current"])),
         network_seed=draw(st.none() | st.integers(0, 1000)),
         idx_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
         output=draw(st.sampled_from(["leased", "owned"])),

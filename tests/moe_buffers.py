@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from backends import device_of, place
 
 import deep_a2a
 
@@ -28,7 +29,7 @@ def sizes(topology: str) -> tuple[int, int]:
     return int(num_nodes), int(ranks_per_node)
 
 
-def make_buffer(group: dist.ProcessGroup, topology: str, layout: str) -> deep_a2a.Buffer:
+def make_buffer(group: dist.ProcessGroup, backend: str, topology: str, layout: str) -> deep_a2a.Buffer:
     num_nodes, ranks_per_node = sizes(topology)
     return deep_a2a.Buffer(
         group,
@@ -36,16 +37,18 @@ def make_buffer(group: dist.ProcessGroup, topology: str, layout: str) -> deep_a2
         num_experts=num_nodes * ranks_per_node * LOCAL_EXPERTS,
         num_topk=NUM_TOPK,
         num_max_tokens_per_rank=MAX_TOKENS,
-        ranks_per_node=ranks_per_node,
         timeout_s=30.0,
+        **place(backend, ranks_per_node),
         **BUFFERS[layout],
     )
 
 
 def poison(buffer: deep_a2a.Buffer) -> None:
     """Leave NaN in all receive slots, for padding to be found in."""
-    nothing = torch.empty(0, HIDDEN, dtype=torch.bfloat16), torch.empty(0, NUM_TOPK, dtype=torch.int64)
-    results = [buffer.dispatch(*nothing, host_sync=False) for _ in range(buffer.settings.num_slots)]
+    device = device_of(buffer.backend)
+    x = torch.empty(0, HIDDEN, dtype=torch.bfloat16, device=device)
+    idx = torch.empty(0, NUM_TOPK, dtype=torch.int64, device=device)
+    results = [buffer.dispatch(x, idx, host_sync=False) for _ in range(buffer.settings.num_slots)]
     for result in results:
         result.x.fill_(torch.nan)
         result.release()

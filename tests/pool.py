@@ -84,8 +84,12 @@ def exit_with_parent(alive: Connection, directory: str) -> None:
     os._exit(1)
 
 
-def serve(jobs: Connection, alive: Connection, rank: int, num_ranks: int, directory: str) -> None:
+def serve(
+    jobs: Connection, alive: Connection, rank: int, num_ranks: int, directory: str, environment: dict[str, str]
+) -> None:
     """Body of a rank: joins the process group, then does what `jobs` brings until it brings nothing."""
+    # The emulator's schedules differ between ranks.
+    os.environ.update({"DEEP_A2A_EMULATOR_SEED": str(rank), **environment})
     watcher = threading.Thread(target=exit_with_parent, args=(alive, directory), daemon=True)
     watcher.start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process ends its ranks
@@ -118,8 +122,9 @@ def answer(data: bytes) -> bytes:
 class Pool:
     """`num_ranks` rank processes, started at the first `run` and again at the first `run` after a failure."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, environment: dict[str, str] | None = None) -> None:
         self.num_ranks = num_ranks
+        self._environment = environment or {}
         self._processes: list[BaseProcess] = []
         self._jobs: list[Connection] = []
         self._alive: list[Connection] = []
@@ -183,7 +188,7 @@ class Pool:
             for rank in range(self.num_ranks):
                 jobs, rank_jobs = context.Pipe()
                 rank_alive, alive = context.Pipe(duplex=False)
-                args = (rank_jobs, rank_alive, rank, self.num_ranks, self._directory.name)
+                args = (rank_jobs, rank_alive, rank, self.num_ranks, self._directory.name, self._environment)
                 process = context.Process(target=serve, args=args, name=f"rank{rank}", daemon=True)
                 self._jobs.append(jobs)
                 self._alive.append(alive)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from backends import device_of
 
 import deep_a2a
 
@@ -21,8 +22,10 @@ SMALL: dict[str, Any] = {
 def send_ones(buffer: deep_a2a.Buffer, value: float = 1.0, **modes: Any) -> deep_a2a.DispatchResult:
     """Two tokens of `value`, to the first expert of this rank and of the next."""
     local = buffer.num_experts // buffer.num_ranks
-    idx = torch.tensor([[buffer.rank * local, (buffer.rank + 1) % buffer.num_ranks * local]] * 2)
-    return buffer.dispatch(torch.full((2, buffer.hidden), value, dtype=torch.bfloat16), idx, **modes)
+    device = device_of(buffer.backend)
+    idx = torch.tensor([[buffer.rank * local, (buffer.rank + 1) % buffer.num_ranks * local]] * 2, device=device)
+    x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16, device=device)
+    return buffer.dispatch(x, idx, **modes)
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str]:

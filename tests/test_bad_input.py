@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from backends import device_of, on_backends, on_device_backends, place
 from pool import Pool
 from small import SMALL, error_of
 
@@ -28,7 +29,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "no ranks per node": ({"ranks_per_node": 0}, "ValueError", ["ranks_per_node", "0"]),
     "unknown layout": ({"layout": "token"}, "ValueError", ["layout", "'rank'", "'expert'", "'padded'", "'token'"]),
     "unknown backend": ({"backend": "tpu"}, "ValueError", ["backend", "'cpu'", "'tpu'"]),
-    "cuda is not built": ({"backend": "cuda"}, "", ["backend", "cuda"]),
+    **({} if torch.cuda.is_available() else {"no GPU": ({"backend": "cuda"}, "ValueError", ["backend", "'cuda'"])}),
+    "nodes without network": (
+        {"backend": "emulated", "ranks_per_node": 1},
+        "",
+        ["ranks_per_node", "2", "1", "NVSHMEM"],
+    ),
+    "no SMs": ({"backend": "emulated", "num_sms": 0}, "ValueError", ["num_sms", "[1,", "0"]),
+    "too many SMs": ({"backend": "emulated", "num_sms": 1000}, "", ["num_sms", "at most", "1000"]),
+    "unknown device": ({"backend": "emulated", "device": 99}, "ValueError", ["device", "99"]),
+    "unknown stream": (
+        {"backend": "emulated", "stream": "mine"},
+        "ValueError",
+        ["stream", "'own'", "'current'", "mine"],
+    ),
     "alignment of 0": ({"layout": "expert", "expert_alignment": 0}, "ValueError", ["expert_alignment", "1", "0"]),
     "alignment of rank rows": ({"expert_alignment": 8}, "ValueError", ["expert_alignment", "expert", "8"]),
     "capacity of rank rows": ({"expert_capacity": 8}, "ValueError", ["expert_capacity", "padded", "8"]),
@@ -118,47 +132,76 @@ DISPATCHES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 }
 
 
-def dispatch_badly(group: dist.ProcessGroup) -> dict[str, tuple[str, str]]:
-    errors = {}
-    with deep_a2a.Buffer(group, **SMALL) as buffer:
+def moved(value: Any, device: torch.device) -> Any:
+    """With its tensors on the device, laid out as they were."""
+    if isinstance(value, tuple):
+        return tuple(moved(each, device) for each in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def dispatch_badly(group: dist.ProcessGroup, backend: str) -> dict[str, tuple[str, str]]:
+    errors, device = {}, device_of(backend)
+    good: dict[str, Any] = {"x": X.to(device), "topk_idx": TOPK.to(device)}
+    with deep_a2a.Buffer(group, **place(backend), **SMALL) as buffer:
         for name, (arguments, _, _) in DISPATCHES.items():
-            errors[name] = error_of(partial(buffer.dispatch, **{"x": X, "topk_idx": TOPK, **arguments}))
-        buffer.dispatch(X, TOPK).release()  # nothing of all that has been sent
+            bad = {key: moved(value, device) for key, value in arguments.items()}
+            errors[name] = error_of(partial(buffer.dispatch, **{**good, **bad}))
+        buffer.dispatch(**good).release()  # nothing of all that has been sent
     return errors
 
 
-@pytest.fixture(scope="module")
-def dispatch_errors(pools: Callable[[int], Pool]) -> dict[str, tuple[str, str]]:
-    errors: dict[str, tuple[str, str]] = pools(1).run(dispatch_badly)[0]
+@on_backends
+def test_dispatch(pools: Callable[[int], Pool], backend: str) -> None:
+    errors: dict[str, tuple[str, str]] = pools(1).run(dispatch_badly, backend)[0]
+    for name, got in errors.items():
+        check_error((got[0], f"{name}: {got[1]}"), *DISPATCHES[name][1:])
+
+
+def dispatch_elsewhere(group: dist.ProcessGroup, backend: str) -> list[tuple[str, str]]:
+    """Each argument in turn on a device that is not the buffer's."""
+    device = device_of(backend)
+    other = "meta" if backend == "emulated" else "cpu"
+    good: dict[str, Any] = {"x": X.to(device), "topk_idx": TOPK.to(device), "topk_weights": WEIGHTS.to(device)}
+    with deep_a2a.Buffer(group, **place(backend), **SMALL) as buffer:
+        result = buffer.dispatch(**good)
+        errors = [error_of(partial(buffer.dispatch, **{**good, name: good[name].to(other)})) for name in good]
+        errors.append(error_of(lambda: buffer.combine(torch.zeros(3, 16, dtype=BF16, device=other), result.handle)))
+        result.release()
     return errors
 
 
-@pytest.mark.parametrize("name", DISPATCHES)
-def test_dispatch(dispatch_errors: dict[str, tuple[str, str]], name: str) -> None:
-    check_error(dispatch_errors[name], *DISPATCHES[name][1:])
+@on_device_backends
+def test_arrays_elsewhere(pools: Callable[[int], Pool], backend: str) -> None:
+    errors: list[tuple[str, str]] = pools(1).run(dispatch_elsewhere, backend)[0]
+    wanted = "CPU tensor" if backend == "emulated" else "cuda"
+    for got, name in zip(errors, ["x", "topk_idx", "topk_weights", "x"], strict=True):
+        check_error(got, "ValueError", [name, wanted, "meta" if backend == "emulated" else "cpu"])
 
 
-def use_badly(group: dist.ProcessGroup) -> dict[str, tuple[str, str, list[str]]]:
+def use_badly(group: dist.ProcessGroup, backend: str) -> dict[str, tuple[str, str, list[str]]]:
     """What needs a handle, a pending half or a destroyed buffer: (error, message, words that it has to have)."""
     found: dict[str, tuple[str, str, list[str]]] = {}
 
     def expect(name: str, call: Callable[[], Any], words: str) -> None:
         found[name] = (*error_of(call), words.split())
 
-    with deep_a2a.Buffer(group, **SMALL) as buffer, deep_a2a.Buffer(group, layout="expert", **SMALL) as other:
-        result, foreign = buffer.dispatch(X, TOPK), other.dispatch(X, TOPK)
-        handle, y = result.handle, torch.zeros(3, 16, dtype=BF16)
+    device, at = device_of(backend), place(backend)
+    x, topk, y = X.to(device), TOPK.to(device), torch.zeros(3, 16, dtype=BF16, device=device)
+    settings = {**SMALL, **at}
+    with deep_a2a.Buffer(group, **settings) as buffer, deep_a2a.Buffer(group, layout="expert", **settings) as other:
+        result, foreign = buffer.dispatch(x, topk), other.dispatch(x, topk)
+        handle = result.handle
         wrong: Any = "h"
-        both: dict[str, Any] = {"topk_idx": TOPK, "handle": handle}
-        expect("ValueError handle and idx", lambda: buffer.dispatch(X, **both), "topk_idx handle")
-        expect("ValueError other tokens", lambda: buffer.dispatch(X[:1], handle=handle), "x 3 1")
-        expect("ValueError foreign handle", lambda: buffer.dispatch(X, handle=foreign.handle), "handle")
-        expect("TypeError no handle", lambda: buffer.dispatch(X, handle=wrong), "handle DispatchHandle str")
+        both: dict[str, Any] = {"topk_idx": topk, "handle": handle}
+        expect("ValueError handle and idx", lambda: buffer.dispatch(x, **both), "topk_idx handle")
+        expect("ValueError other tokens", lambda: buffer.dispatch(x[:1], handle=handle), "x 3 1")
+        expect("ValueError foreign handle", lambda: buffer.dispatch(x, handle=foreign.handle), "handle")
+        expect("TypeError no handle", lambda: buffer.dispatch(x, handle=wrong), "handle DispatchHandle str")
         expect("ValueError rows", lambda: buffer.combine(y[:2], handle), "x [3, 16] (2, 16)")
         expect("ValueError dtype", lambda: buffer.combine(y.float(), handle), "x bfloat16 float32")
         expect("ValueError strides", lambda: buffer.combine(y.T.contiguous().T, handle), "x contiguous (1, 3)")
         expect("ValueError weighted", lambda: buffer.combine(y, handle, weighted=True), "weighted None False True")
-        side = torch.zeros(3, 2)
+        side = torch.zeros(3, 2, device=device)
         expect("ValueError side", lambda: buffer.combine(y, handle, side=side[:2]), "side [3, 2] (2, 2)")
         expect("ValueError side dtype", lambda: buffer.combine(y, handle, side=side.double()), "side float32 float64")
         expect("ValueError combine lane", lambda: buffer.combine(y, handle, lane=7), "lane [0, 2) 7")
@@ -168,26 +211,26 @@ def use_badly(group: dist.ProcessGroup) -> dict[str, tuple[str, str, list[str]]]
         expect("ValueError lend", lambda: buffer.lend_input(5), "num_tokens [0, 4] 5")
         expect("ValueError lend dtype", lambda: buffer.lend_input(1, torch.float32), "dtype float32")
         expect("ValueError lend layout", lambda: other.lend_expert_output(foreign), "lend_expert_output rank expert")
-        pending = buffer.dispatch_send(X, TOPK)
-        expect("RuntimeError half open", lambda: buffer.dispatch(X, TOPK), "lane 0 recv")
+        pending = buffer.dispatch_send(x, topk)
+        expect("RuntimeError half open", lambda: buffer.dispatch(x, topk), "lane 0 recv")
         expect("RuntimeError combine half", lambda: buffer.combine(y, handle), "lane 0 recv")
         pending.recv().release()
         expect("RuntimeError twice", pending.recv, "recv twice")
         buffer.combine(y, handle)
     result.release()
     foreign.release()
-    expect("RuntimeError destroyed", lambda: buffer.dispatch(X, TOPK), "destroyed")
+    expect("RuntimeError destroyed", lambda: buffer.dispatch(x, topk), "destroyed")
     expect("RuntimeError gone", lambda: buffer.combine(y, handle), "destroyed")
     expect("RuntimeError check", buffer.check, "destroyed")
     buffer.destroy()
-    with deep_a2a.Buffer(group, **{**SMALL, "hidden": 8}) as narrow:
-        idx = torch.zeros(1, 2, dtype=IDX)
-        x = torch.zeros(1, 8, dtype=BF16)
-        expect("ValueError FP8 of 8", lambda: narrow.dispatch(x, idx, quantize="fp8"), "16 FP8 8")
+    with deep_a2a.Buffer(group, **{**settings, "hidden": 8}) as narrow:
+        short = torch.zeros(1, 8, dtype=BF16, device=device)
+        expect("ValueError FP8 of 8", lambda: narrow.dispatch(short, topk[:1], quantize="fp8"), "16 FP8 8")
     return found
 
 
-def test_use(pools: Callable[[int], Pool]) -> None:
-    for name, (error, text, words) in pools(1).run(use_badly)[0].items():
+@on_backends
+def test_use(pools: Callable[[int], Pool], backend: str) -> None:
+    for name, (error, text, words) in pools(1).run(use_badly, backend)[0].items():
         expected, what = name.split(maxsplit=1)
         check_error((error, f"{what}: {text}"), expected, words)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,19 +14,20 @@ import exchange
 import pytest
 import reference
 import torch.distributed as dist
+from backends import device_of, on_backends, on_device_backends, on_nodes, place, settle
 from checks import check_case
 from exchange import Turn
-from generators import LAYOUTS, Case
+from generators import LAYOUTS, Case, case_on
 from pool import Pool
 from small import SMALL
 
 import deep_a2a
 
 
-def read_attributes(group: dist.ProcessGroup, ranks_per_node: int) -> dict[str, Any]:
+def read_attributes(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> dict[str, Any]:
     names = ["rank", "num_ranks", "num_nodes", "ranks_per_node", "local_rank", "node", "hidden", "num_experts"]
-    names += ["num_local_experts", "num_topk", "num_max_tokens_per_rank", "layout", "max_recv_rows"]
-    with deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, num_lanes=3, **SMALL) as buffer:
+    names += ["num_local_experts", "num_topk", "num_max_tokens_per_rank", "layout", "max_recv_rows", "backend"]
+    with deep_a2a.Buffer(group, num_lanes=3, **place(backend, ranks_per_node), **SMALL) as buffer:
         table = deep_a2a.memory_table(
             num_ranks=8,
             ranks_per_node=ranks_per_node,
@@ -34,20 +38,25 @@ def read_attributes(group: dist.ProcessGroup, ranks_per_node: int) -> dict[str, 
         return {name: getattr(buffer, name) for name in names}
 
 
-def test_attributes(pools: Callable[[int], Pool]) -> None:
-    for rank, got in enumerate(pools(8).run(read_attributes, 4)):
-        expected = {"rank": rank, "num_ranks": 8, "num_nodes": 2, "ranks_per_node": 4, "local_rank": rank % 4}
-        expected |= {"node": rank // 4, "hidden": 16, "num_experts": 16, "num_local_experts": 2, "num_topk": 2}
-        assert got == {**expected, "num_max_tokens_per_rank": 4, "layout": "rank", "max_recv_rows": 32}
+@on_nodes(8, [4])
+def test_attributes(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
+    for rank, got in enumerate(pools(8).run(read_attributes, backend, ranks_per_node)):
+        node, local_rank = divmod(rank, ranks_per_node)
+        expected = {"rank": rank, "num_ranks": 8, "num_nodes": 8 // ranks_per_node, "ranks_per_node": ranks_per_node}
+        expected |= {"local_rank": local_rank, "node": node}
+        expected |= {"hidden": 16, "num_experts": 16, "num_local_experts": 2, "num_topk": 2}
+        expected |= {"num_max_tokens_per_rank": 4, "max_recv_rows": 32}
+        assert got == {**expected, "layout": "rank", "backend": backend}
 
 
-def default_ranks_per_node(group: dist.ProcessGroup) -> int:
-    with deep_a2a.Buffer(group, **SMALL) as buffer:
+def default_ranks_per_node(group: dist.ProcessGroup, backend: str) -> int:
+    with deep_a2a.Buffer(group, **place(backend), **SMALL) as buffer:
         return buffer.ranks_per_node
 
 
-def test_one_node_by_default(pools: Callable[[int], Pool]) -> None:
-    assert pools(8).run(default_ranks_per_node) == [8] * 8
+@on_backends
+def test_one_node_by_default(pools: Callable[[int], Pool], backend: str) -> None:
+    assert pools(8).run(default_ranks_per_node, backend) == [8] * 8
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,14 +83,21 @@ def test_memory_table(layout: str) -> None:
 
 def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
     """What a dispatch, a cached dispatch and a combine add to `wire_bytes`."""
+
+    def count() -> None:
+        settle(buffer)
+        counts.append(buffer.wire_bytes)
+
+    counts: list[dict[str, int]] = []
+    device_of(case.backend)
     with deep_a2a.Buffer(group, **case.buffer_arguments()) as buffer:
-        counts = [buffer.wire_bytes]
+        count()
         result = exchange.dispatch(buffer, case)
-        counts.append(buffer.wire_bytes)
+        count()
         exchange.dispatch(buffer, case, 1, result.handle).release()
-        counts.append(buffer.wire_bytes)
+        count()
         exchange.combine(buffer, case, 0, result)
-        counts.append(buffer.wire_bytes)
+        count()
     return [{link: after[link] - before[link] for link in after} for before, after in pairwise(counts)]
 
 
@@ -90,7 +106,7 @@ def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
 @pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
 def test_wire_bytes(pools: Callable[[int], Pool], layout: str, topology: str, payload: str) -> None:
     """Rows cross as often as they have to, the network once per token and node. The first time routing comes along."""
-    case = Case(topology, layout, hidden=2048, payload=payload, routing="sparse")
+    case = Case(topology, layout=layout, hidden=2048, payload=payload, routing="sparse")
     topk_idx = [data.inputs(case, rank).topk_idx for rank in range(8)]
     row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
     sent = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx), strict=True))
@@ -99,6 +115,20 @@ def test_wire_bytes(pools: Callable[[int], Pool], layout: str, topology: str, pa
         assert cached == {link: rows[rank] * row_bytes for link, rows in sent.items()}
         assert combined == {link: rows[rank] * 2 * 2048 for link, rows in back.items()}
         assert all(first[link] >= cached[link] for link in cached)
+
+
+@on_device_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
+def test_wire_bytes_between_gpus(pools: Callable[[int], Pool], backend: str, layout: str, payload: str) -> None:
+    """A row crosses once for each other rank, whatever the layout: several experts get it from there."""
+    case = case_on(backend, layout=layout, hidden=2048, payload=payload, routing="sparse")
+    topk_idx = [data.inputs(case, rank).topk_idx for rank in range(case.num_ranks)]
+    row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
+    rows, _ = reference.wire_rows(case.setting(), topk_idx, combining=True)
+    for rank, (first, cached, combined) in enumerate(pools(case.num_ranks).run(count_bytes, case)):
+        assert cached == {"nvlink": rows[rank] * row_bytes} and combined == {"nvlink": rows[rank] * 2 * 2048}
+        assert first["nvlink"] >= cached["nvlink"]
 
 
 # ---- several buffers -------------------------------------------------------------------------------------------
@@ -121,9 +151,62 @@ def use_buffers(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]
     return turns
 
 
-def test_buffers_side_by_side(pools: Callable[[int], Pool]) -> None:
-    cases = [Case("2x4", "rank", seed=1), Case("4x2", "expert", hidden=128, seed=2), Case("1x8", "padded", seed=3)]
-    for case, *by_rank in zip([*cases, cases[1]], *pools(8).run(use_buffers, cases), strict=True):
+@on_backends
+def test_buffers_side_by_side(pools: Callable[[int], Pool], backend: str) -> None:
+    cases = [
+        case_on(backend, layout="rank", seed=1),
+        case_on(backend, layout="expert", hidden=128, seed=2),
+        case_on(backend, layout="padded", seed=3),
+    ]
+    if backend == "cpu":
+        cases = [replace(case, topology=nodes) for case, nodes in zip(cases, ("2x4", "4x2", "1x8"), strict=True)]
+    for case, *by_rank in zip([*cases, cases[1]], *pools(cases[0].num_ranks).run(use_buffers, cases), strict=True):
+        check_case(case, by_rank)
+
+
+def use_backends(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
+    """Buffers of different backends in one process, in turns."""
+    buffers = [deep_a2a.Buffer(group, **case.buffer_arguments()) for case in cases]
+    turns = [exchange.run_case(buffer, case) for buffer, case in zip(buffers, cases, strict=True)]
+    for buffer in buffers:
+        buffer.destroy()
+    return turns
+
+
+@on_device_backends
+def test_backends_side_by_side(pools: Callable[[int], Pool], backend: str) -> None:
+    cases = [case_on(name, topology="1x4", seed=1) for name in ("cpu", backend, "cpu")]
+    for case, *by_rank in zip(cases, *pools(4).run(use_backends, cases), strict=True):
+        check_case(case, by_rank)
+
+
+def drop_buffers(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
+    """Ends in any order: of buffers, results, handles and views, with and without `destroy` and `release`."""
+    rank, turns = dist.get_rank(group), []
+    for turn, case in enumerate(cases):
+        buffer = deep_a2a.Buffer(group, **case.buffer_arguments())
+        result = exchange.dispatch(buffer, case)
+        received = exchange.copy_result(result)
+        combined = exchange.combine(buffer, case, 0, result)
+        kept: dict[str, Any] = {"buffer": buffer, "result": result, "handle": result.handle, "view": result.x}
+        turns.append([exchange.turn_of(received, combined)])
+        del buffer, result
+        order = list(kept)
+        random.Random(rank + turn).shuffle(order)
+        for name in order:
+            thing = kept.pop(name)
+            if (rank + turn) % 2 and name in ("buffer", "result"):
+                (thing.destroy if name == "buffer" else thing.release)()
+            del thing
+        gc.collect()
+    return turns
+
+
+@on_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_teardown_in_any_order(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+    cases = [case_on(backend, layout=layout, seed=seed) for seed in range(4)]
+    for case, *by_rank in zip(cases, *pools(cases[0].num_ranks).run(drop_buffers, cases), strict=True):
         check_case(case, by_rank)
 
 
@@ -133,8 +216,9 @@ def use_subgroups(group: dist.ProcessGroup, case: Case) -> list[list[Turn]]:
     return exchange.run_cases(halves[dist.get_rank(group) // 4], [case])
 
 
-def test_buffers_of_other_groups(pools: Callable[[int], Pool]) -> None:
-    case = Case("2x2")
+@on_backends
+def test_buffers_of_other_groups(pools: Callable[[int], Pool], backend: str) -> None:
+    case = case_on(backend, topology="2x2" if backend == "cpu" else "1x4")
     by_rank = pools(8).run(use_subgroups, case)
     check_case(case, [turns[0] for turns in by_rank[:4]])
     check_case(case, [turns[0] for turns in by_rank[4:]])

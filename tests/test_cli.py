@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 import deep_a2a
 from deep_a2a import cli, info
@@ -61,7 +62,9 @@ def test_info_report(capsys: pytest.CaptureFixture[str]) -> None:
         assert section in lines
     rows = {line[:16].strip(): line for line in lines if line.startswith("  ") and line[2] != " "}
     assert " yes " in rows["cpu"] and " yes " in rows["shm"] and " yes " in rows["memfd"]
-    assert " no " in rows["cuda"] and 'backend="cpu"' in rows["cuda"]
+    assert " yes " in rows["emulated"]
+    if not torch.cuda.is_available():
+        assert " no " in rows["cuda"] and 'backend="cpu"' in rows["cuda"]
     assert deep_a2a.__version__ in rows["deep_a2a"]
 
 

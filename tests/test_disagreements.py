@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from backends import device_of, on_backends, place, settle
 from pool import Pool
 from small import SMALL, error_of, send_ones
 
@@ -18,13 +19,13 @@ import deep_a2a
 Errors = list[tuple[str, str]]
 
 
-def overflow(group: dist.ProcessGroup, settings: dict[str, Any]) -> Errors:
-    rank, errors = dist.get_rank(group), []
-    x = torch.ones(4, 16, dtype=torch.bfloat16)
-    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **settings, **SMALL) as buffer:
+def overflow(group: dist.ProcessGroup, backend: str, settings: dict[str, Any]) -> Errors:
+    rank, device, errors = dist.get_rank(group), device_of(backend), []
+    x = torch.ones(4, 16, dtype=torch.bfloat16, device=device)
+    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **settings, **SMALL) as buffer:
         for _ in range(3):
-            errors.append(error_of(lambda: buffer.dispatch(x, torch.tensor([[5, -1]] * 4))))
-            fits = buffer.dispatch(x[:1], torch.tensor([[4 * rank, -1]]))
+            errors.append(error_of(lambda: buffer.dispatch(x, torch.tensor([[5, -1]] * 4, device=device))))
+            fits = buffer.dispatch(x[:1], torch.tensor([[4 * rank, -1]], device=device))
             assert fits.num_rank_rows == 1
             fits.release()
         buffer.check()
@@ -38,43 +39,61 @@ OVERFLOWS: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
+@on_backends
 @pytest.mark.parametrize("layout", OVERFLOWS)
-def test_overflow(pools: Callable[[int], Pool], layout: str) -> None:
+def test_overflow(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
     """On every rank, before a row moves; and again, and the buffer works in between."""
     limits, message = OVERFLOWS[layout]
-    for errors in pools(4).run(overflow, {"layout": layout, **limits}):
+    for errors in pools(4).run(overflow, backend, {"layout": layout, **limits}):
         for name, text in errors:
             assert name == "CapacityError" and re.fullmatch(message, text), (name, text)
 
 
-def send_bad_experts(group: dist.ProcessGroup, bad: int, dtype: torch.dtype) -> Errors:
-    rank, errors, x = dist.get_rank(group), [], torch.ones(3, 16, dtype=torch.bfloat16)
-    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **SMALL) as buffer:
+def send_bad_experts(
+    group: dist.ProcessGroup, backend: str, layout: str, bad: int, dtype: torch.dtype, host_sync: bool
+) -> Errors:
+    rank, errors, device = dist.get_rank(group), [], device_of(backend)
+    x = torch.ones(3, 16, dtype=torch.bfloat16, device=device)
+    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **{**SMALL, "layout": layout}) as buffer:
+
+        def dispatch(idx: torch.Tensor) -> None:
+            result = buffer.dispatch(x, idx, host_sync=host_sync)
+            assert not host_sync and result.num_rows_tensor.tolist() == [0, 0]
+            result.release()
+            settle(buffer)
+            raise AssertionError("not refused")
+
         for bad_rank in range(4):
-            idx = torch.tensor([[0, 5], [9, -1], [12, 15]], dtype=dtype)
+            idx = torch.tensor([[0, 5], [9, -1], [12, 15]], dtype=dtype, device=device)
             if rank == bad_rank:
                 idx[1, 1] = bad
-            errors.append(error_of(partial(buffer.dispatch, x, idx)))
+            errors.append(error_of(partial(dispatch, idx)))
             send_ones(buffer).release()
-        buffer.check()
+        settle(buffer)
     return errors
 
 
+@on_backends
+@pytest.mark.parametrize("host_sync", [True, False])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("bad", [16, -2, 2**31 - 1, 2**40])
-def test_expert_out_of_range(pools: Callable[[int], Pool], bad: int) -> None:
+def test_expert_out_of_range(
+    pools: Callable[[int], Pool], backend: str, layout: str, bad: int, host_sync: bool
+) -> None:
     dtype = torch.int64 if bad >= 2**31 else torch.int32
-    for errors in pools(4).run(send_bad_experts, bad, dtype):
+    for errors in pools(4).run(send_bad_experts, backend, layout, bad, dtype, host_sync):
         for bad_rank, (name, text) in enumerate(errors):
             assert name == "ValueError"
             assert re.match(rf"topk_idx\[1, 1\] of rank {bad_rank} is {bad}, expected -1 .* \[0, 16\)", text), text
 
 
-def disagree(group: dist.ProcessGroup, name: str, value: Any) -> tuple[str, str]:
-    settings: dict[str, Any] = {**SMALL, "ranks_per_node": 2, "layout": "rank"}
+def disagree(group: dist.ProcessGroup, backend: str, name: str, value: Any) -> tuple[str, str]:
+    usual = {**SMALL, **place(backend, 2)}
+    settings: dict[str, Any] = {**usual, "layout": "rank"}
     if dist.get_rank(group) == 2:
         settings[name] = value
     error = error_of(lambda: deep_a2a.Buffer(group, **settings))
-    with deep_a2a.Buffer(group, **SMALL) as buffer:  # the group is as good as before
+    with deep_a2a.Buffer(group, **usual) as buffer:  # the group is as good as before
         send_ones(buffer).release()
     return error
 
@@ -92,26 +111,38 @@ DIFFERENT: dict[str, Any] = {
 }
 
 
+@on_backends
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_different_settings(pools: Callable[[int], Pool], name: str) -> None:
+def test_different_settings(pools: Callable[[int], Pool], backend: str, name: str) -> None:
     usual, other = DIFFERENT[name]
-    for error, text in pools(4).run(disagree, name, other):
+    if name == "ranks_per_node" and backend != "cpu":
+        usual = None
+    for error, text in pools(4).run(disagree, backend, name, other):
         assert error == "MismatchError"
         assert f"{name} is {usual!r} on rank 0 and {other!r} on rank 2" in text
 
 
-def disagree_in_dispatch(group: dist.ProcessGroup, usual: str | None, other: str | None) -> Errors:
+@pytest.mark.parametrize(("name", "usual", "other"), [("num_sms", 2, 3), ("backend", "emulated", "cpu")])
+def test_different_devices(pools: Callable[[int], Pool], name: str, usual: Any, other: Any) -> None:
+    for error, text in pools(4).run(disagree, "emulated", name, other):
+        assert error == "MismatchError"
+        assert f"{name} is {usual!r} on rank 0 and {other!r} on rank 2" in text
+
+
+def disagree_in_dispatch(group: dist.ProcessGroup, backend: str, usual: str | None, other: str | None) -> Errors:
     """Rank 1 quantizes differently: an error on all, and the buffer goes on."""
-    idx = torch.tensor([[0, 9]])
-    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    device = device_of(backend)
+    idx = torch.tensor([[0, 9]], device=device)
+    x = torch.ones(1, 16, dtype=torch.bfloat16, device=device)
     quantize = other if dist.get_rank(group) == 1 else usual
-    with deep_a2a.Buffer(group, ranks_per_node=2, network_seed=1, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **SMALL) as buffer:
         errors = [error_of(lambda: buffer.dispatch(x, idx, quantize=quantize)) for _ in range(2)]
         send_ones(buffer).release()
         send_ones(buffer).release()
     return errors
 
 
+@on_backends
 @pytest.mark.parametrize(
     ("usual", "other", "message"),
     [
@@ -119,54 +150,70 @@ def disagree_in_dispatch(group: dist.ProcessGroup, usual: str | None, other: str
         ("fp8_e4m3", "fp8_e5m2", "rank 1 dispatches rows of 16 bytes.* rank 0 rows of 16 .*different dtypes"),
     ],
 )
-def test_different_payloads(pools: Callable[[int], Pool], usual: str | None, other: str, message: str) -> None:
-    for errors in pools(4).run(disagree_in_dispatch, usual, other):
+def test_different_payloads(
+    pools: Callable[[int], Pool], backend: str, usual: str | None, other: str, message: str
+) -> None:
+    for errors in pools(4).run(disagree_in_dispatch, backend, usual, other):
         for name, text in errors:
             assert name == "MismatchError" and re.fullmatch(message, text), (name, text)
 
 
-def disagree_in_combine(group: dist.ProcessGroup) -> Errors:
+def disagree_in_combine(group: dist.ProcessGroup, backend: str) -> Errors:
     """Rank 1 alone brings a side payload: the rows cross in another format than the others expect."""
-    with deep_a2a.Buffer(group, ranks_per_node=2, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
         result = send_ones(buffer)
-        side = torch.zeros(result.topk_idx.shape) if buffer.rank == 1 else None
-        return [error_of(lambda: buffer.combine(result.x, result.handle, side=side)), error_of(buffer.check)]
+        side = torch.zeros(result.topk_idx.shape, device=result.x.device) if buffer.rank == 1 else None
+
+        def combine() -> None:
+            buffer.combine(result.x, result.handle, side=side)
+            settle(buffer)
+
+        return [error_of(combine), error_of(buffer.check)]
 
 
-def test_different_side(pools: Callable[[int], Pool]) -> None:
-    by_rank = pools(4).run(disagree_in_combine)
+@on_backends
+def test_different_side(pools: Callable[[int], Pool], backend: str) -> None:
+    by_rank = pools(4).run(disagree_in_combine, backend)
     assert "MismatchError" in [errors[0][0] for errors in by_rank]
     for (name, text), after in by_rank:
         assert name in ("MismatchError", "PeerAbortError") and re.search("rank . .* was called differently", text), text
         assert after == (name, text)
 
 
-def disagree_in_cached_slot(group: dist.ProcessGroup) -> Errors:
+def disagree_in_cached_slot(group: dist.ProcessGroup, backend: str) -> Errors:
     """Rank 1 releases the first result later than the others, and so dispatches into another slot: only tags tell."""
-    with deep_a2a.Buffer(group, ranks_per_node=4, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, **place(backend, 4), **SMALL) as buffer:
         held = send_ones(buffer)
         handle = held.handle
         if buffer.rank != 1:
             held.release()
-        pending = buffer.dispatch_send(torch.ones(2, 16, dtype=torch.bfloat16), handle=handle)
+        x = torch.ones(2, 16, dtype=torch.bfloat16, device=device_of(backend))
+        pending = buffer.dispatch_send(x, handle=handle)
         held.release()
-        return [error_of(pending.recv), error_of(buffer.check)]
+
+        def receive() -> None:
+            pending.recv()
+            settle(buffer)
+
+        return [error_of(receive), error_of(buffer.check)]
 
 
-def test_different_slots_of_cached_dispatches(pools: Callable[[int], Pool]) -> None:
-    for errors in pools(4).run(disagree_in_cached_slot):
+@on_backends
+def test_different_slots_of_cached_dispatches(pools: Callable[[int], Pool], backend: str) -> None:
+    for errors in pools(4).run(disagree_in_cached_slot, backend):
         assert errors[0][0] in ("MismatchError", "PeerAbortError"), errors
         assert "was called differently" in errors[0][1] and errors[1] == errors[0]
 
 
-def one_bad_setting(group: dist.ProcessGroup) -> tuple[str, str]:
+def one_bad_setting(group: dist.ProcessGroup, backend: str) -> tuple[str, str]:
     hidden = 12 if dist.get_rank(group) == 1 else 16
-    return error_of(lambda: deep_a2a.Buffer(group, **{**SMALL, "hidden": hidden}))
+    return error_of(lambda: deep_a2a.Buffer(group, **place(backend), **{**SMALL, "hidden": hidden}))
 
 
-def test_bad_setting_on_one_rank(pools: Callable[[int], Pool]) -> None:
+@on_backends
+def test_bad_setting_on_one_rank(pools: Callable[[int], Pool], backend: str) -> None:
     """The rank itself says what is wrong, and the others do not wait for it."""
-    errors = pools(4).run(one_bad_setting)
+    errors = pools(4).run(one_bad_setting, backend)
     for rank, (name, text) in enumerate(errors):
         assert name == ("ValueError" if rank == 1 else "CommError"), text
         assert "hidden" in text and "12" in text and (rank == 1 or text.startswith("rank 1")), text

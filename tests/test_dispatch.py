@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from backends import on_backends, on_topologies
 from checks import check
-from generators import LAYOUTS, PAYLOADS, ROUTINGS, TOPOLOGIES, Case
+from generators import LAYOUTS, PAYLOADS, ROUTINGS, case_on
 from pool import Pool
 
 FEW_EXPERTS: dict[str, Any] = {"local_experts": 1, "num_topk": 2, "expert_capacity": 40}
@@ -28,8 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{payload: {"payload": payload, "hidden": 272} for payload in PAYLOADS},
     "topk 1": {"num_topk": 1},
     "topk 9": {"num_topk": 9},
-    "topk 32": {"num_topk": 32, "routing": "sparse"},
-    "topk 32, all": {"num_topk": 32},
+    "topk 32": {"num_topk": 32, "local_experts": 8, "routing": "sparse"},
+    "topk 32, all": {"num_topk": 32, "local_experts": 8},
     "one expert per rank": {"local_experts": 1},
     "520 experts": {"local_experts": 65, "num_topk": 9},
     "1024 experts": {"local_experts": 128, "num_topk": 8},
@@ -60,32 +61,36 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@on_backends
 @pytest.mark.parametrize("name", CASES)
-def test_case(pools: Callable[[int], Pool], name: str) -> None:
-    check(pools(8), [Case(**{"layout": layout, **CASES[name]}) for layout in LAYOUTS])
+def test_case(pools: Callable[[int], Pool], backend: str, name: str) -> None:
+    cases = [case_on(backend, **{"layout": layout, **CASES[name]}) for layout in LAYOUTS]
+    check(pools(cases[0].num_ranks), cases)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_topology(pools: Callable[[int], Pool], topology: str) -> None:
+@on_topologies()
+def test_topology(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
     cases = [
-        Case(topology, layout, payload=payload, routing=routing, cached=True)
+        case_on(backend, topology=topology, layout=layout, payload=payload, routing=routing, cached=True)
         for layout in LAYOUTS
         for payload, routing in [("bf16", "uniform"), ("cast fp8_e4m3:float32", "sparse")]
     ]
     check(pools(cases[0].num_ranks), cases)
 
 
-def test_tight_capacity(pools: Callable[[int], Pool]) -> None:
+@on_backends
+def test_tight_capacity(pools: Callable[[int], Pool], backend: str) -> None:
     """Slots of exactly the rows that arrive, where a wrong base would show."""
-    full = Case(tokens=(8,) * 8, routing="one_expert", num_topk=1, local_experts=1, cached=True)
-    check(pools(8), [replace(full, layout="padded", expert_capacity=64)])
+    full = case_on(backend, tokens=(8,) * 8, routing="one_expert", num_topk=1, local_experts=1, cached=True)
+    check(pools(full.num_ranks), [replace(full, layout="padded", expert_capacity=8 * full.num_ranks)])
 
 
-def test_different_cases_in_one_buffer(pools: Callable[[int], Pool]) -> None:
+@on_backends
+def test_different_cases_in_one_buffer(pools: Callable[[int], Pool], backend: str) -> None:
     """What one dispatch leaves in the slots, flags and handles must not reach the next."""
     for layout in LAYOUTS:
-        case = Case(layout=layout)
+        case = case_on(backend, layout=layout)
         turns = [replace(case, payload=payload, seed=seed) for seed, payload in enumerate(PAYLOADS)]
         turns += [replace(case, routing=routing, seed=9) for routing in ROUTINGS if routing != "repeated"]
         turns += [replace(case, tokens=tokens, seed=10) for tokens in [(0,) * 8, (8,) * 8, (0, 8) * 4]]
-        check(pools(8), turns)
+        check(pools(case.num_ranks), turns)

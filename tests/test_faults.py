@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from backends import device_of, occupy, on_backends, on_nodes, place, settle
 from pool import Pool
 from small import SMALL, error_of, send_ones
 
@@ -37,25 +38,31 @@ def check_gave_up(errors: list[tuple[str, str]], steps: str) -> None:
         assert text.startswith("rank") and ("another rank gave up" in text) == (name == "PeerAbortError"), text
 
 
-def be_late(group: dist.ProcessGroup, operation: str, ranks_per_node: int) -> tuple[Errors, float]:
-    """Rank 2 does not come to one operation until others have given up. Then nobody can use the buffer.
+def make_buffer(group: dist.ProcessGroup, backend: str, ranks_per_node: int | None = None) -> deep_a2a.Buffer:
+    return deep_a2a.Buffer(group, **place(backend, ranks_per_node), **{**SMALL, "timeout_s": TIMEOUT_S})
+
+
+def be_late(group: dist.ProcessGroup, operation: str, backend: str, ranks_per_node: int) -> tuple[Errors, float]:
+    """Rank 2 does not come to one operation until others have given up. Then nobody can use the buffer, but a new one.
 
     A rank that has nothing to do with rank 2 may get through the operation itself, but not through the next dispatch.
     """
     start = time.monotonic()
-    buffer = deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, **{**SMALL, "timeout_s": TIMEOUT_S})
+    buffer = make_buffer(group, backend, ranks_per_node)
     buffer.check()
     result = send_ones(buffer)
 
     def operate() -> None:
         if operation == "cached":
-            buffer.dispatch(torch.ones(2, 16, dtype=torch.bfloat16), handle=result.handle)
+            x = torch.ones(2, 16, dtype=torch.bfloat16, device=device_of(backend))
+            buffer.dispatch(x, handle=result.handle)
         elif operation == "combine":
             buffer.combine(result.x, result.handle)
         elif operation == "event":
             event = buffer.combine(result.x, result.handle, async_op=True).event
             assert event is not None
             event.wait()
+        settle(buffer)
         send_ones(buffer)
 
     if dist.get_rank(group) == 2:
@@ -64,24 +71,33 @@ def be_late(group: dist.ProcessGroup, operation: str, ranks_per_node: int) -> tu
     errors += [error_of(buffer.check), error_of(lambda: send_ones(buffer)), error_of(operate)]
     result.release()
     buffer.destroy()
-    return errors, time.monotonic() - start
+    seconds = time.monotonic() - start
+    use_anew(group, backend)
+    return errors, seconds
 
 
-@pytest.mark.parametrize(
-    ("operation", "ranks_per_node"),
-    [(operation, size) for operation in ("dispatch", "combine") for size in (1, 2, 4)] + [("cached", 2), ("event", 2)],
-)
-def test_late_rank(pools: Callable[[int], Pool], operation: str, ranks_per_node: int) -> None:
-    by_rank = pools(4).run(be_late, operation, ranks_per_node)
+def use_anew(group: dist.ProcessGroup, backend: str) -> None:
+    """What a fault leaves: a process that works, and a device that computes."""
+    with deep_a2a.Buffer(group, **place(backend), **SMALL) as buffer:
+        result = send_ones(buffer, 3.0)
+        sums = buffer.combine(result.x.clone(), result.handle).x
+        assert (result.x == 3).all() and (sums == 6).all()
+        result.release()
+
+
+@on_nodes(4, [1, 2, 4])
+@pytest.mark.parametrize("operation", ["dispatch", "combine", "cached", "event"])
+def test_late_rank(pools: Callable[[int], Pool], operation: str, backend: str, ranks_per_node: int) -> None:
+    by_rank = pools(4).run(be_late, operation, backend, ranks_per_node)
     check_gave_up([errors[0] for errors, _ in by_rank], "D.*" if operation in ("dispatch", "cached") else "[CD].*")
     for errors, seconds in by_rank:
         assert errors[1:] == errors[:1] * 3  # the buffer stays poisoned, and says the same
         assert seconds < 20 * TIMEOUT_S
 
 
-def die(group: dist.ProcessGroup, moment: str, ranks_per_node: int) -> Errors:
+def die(group: dist.ProcessGroup, moment: str, backend: str, ranks_per_node: int) -> Errors:
     """Rank 3 is killed; the others go on until they notice, and can still read what they have."""
-    buffer = deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, **{**SMALL, "timeout_s": TIMEOUT_S})
+    buffer = make_buffer(group, backend, ranks_per_node)
     result = send_ones(buffer)
     if dist.get_rank(group) == 3:
         if moment == "after sending":
@@ -106,35 +122,66 @@ def kill_me() -> None:
 
 
 @pytest.mark.parametrize("moment", ["between operations", "after sending", "any"])
-@pytest.mark.parametrize("ranks_per_node", [2, 4])
-def test_killed_rank(fresh_pool: Callable[[int], Pool], moment: str, ranks_per_node: int) -> None:
+@pytest.mark.parametrize(("backend", "ranks_per_node"), [("cpu", 2), ("cpu", 4), ("emulated", 4)])
+def test_killed_rank(fresh_pool: Callable[..., Pool], moment: str, backend: str, ranks_per_node: int) -> None:
+    """Not on GPUs: what a process has exported goes with it, and the context of who touches it goes as well."""
     before = set(os.listdir("/dev/shm"))
-    by_rank = fresh_pool(4).run(die, moment, ranks_per_node, killed={3})
+    by_rank = fresh_pool(4).run(die, moment, backend, ranks_per_node, killed={3})
     check_gave_up([errors[0] for errors in by_rank[:3]], "[CD].*")
     assert all(errors[0] == errors[1] for errors in by_rank[:3])
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "deep_a2a" in name}
 
 
-def shared_mappings(group: dist.ProcessGroup) -> list[str]:
-    with deep_a2a.Buffer(group, ranks_per_node=2, **SMALL), open("/proc/self/maps") as maps:
+def stall(group: dist.ProcessGroup, backend: str) -> Errors:
+    """Rank 2 comes in time, and what it sends is held up behind other work on its stream until others have given up."""
+    device_of(backend)
+    buffer = deep_a2a.Buffer(group, stream="current", **place(backend), **{**SMALL, "timeout_s": TIMEOUT_S})
+    result = send_ones(buffer)
+    torch.cuda.synchronize()
+    if buffer.rank == 2:
+        occupy(4 * TIMEOUT_S)
+
+    def operate() -> None:
+        combined = buffer.combine(result.x, result.handle, async_op=True)
+        assert combined.event is not None
+        combined.event.synchronize()
+
+    errors = [error_of(operate), error_of(buffer.check)]
+    result.release()
+    buffer.destroy()
+    use_anew(group, backend)
+    return errors
+
+
+@pytest.mark.gpu
+def test_stalled_rank(pools: Callable[[int], Pool]) -> None:
+    by_rank = pools(4).run(stall, "cuda")
+    check_gave_up([errors[0] for errors in by_rank], "[CD].*")
+    assert all(errors[0] == errors[1] for errors in by_rank)
+
+
+def shared_mappings(group: dist.ProcessGroup, backend: str) -> list[str]:
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL), open("/proc/self/maps") as maps:
         return [line for line in maps if " rw-s " in line]
 
 
-def test_windows_have_no_name(pools: Callable[[int], Pool]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_windows_have_no_name(pools: Callable[[int], Pool], backend: str) -> None:
     """What is shared has no name in any file system: a killed rank leaves nothing behind."""
-    for mappings in pools(4).run(shared_mappings):
+    for mappings in pools(4).run(shared_mappings, backend):
         assert len(mappings) >= 4 and all("/memfd:" in line for line in mappings)
 
 
-def construct_late(group: dist.ProcessGroup) -> tuple[str, str]:
+def construct_late(group: dist.ProcessGroup, backend: str) -> tuple[str, str]:
     if dist.get_rank(group) == 1:
         return "", ""
-    return error_of(lambda: deep_a2a.Buffer(group, **{**SMALL, "timeout_s": TIMEOUT_S}))
+    return error_of(lambda: make_buffer(group, backend))
 
 
-def test_rank_that_never_constructs(fresh_pool: Callable[[int], Pool]) -> None:
+@on_backends
+def test_rank_that_never_constructs(fresh_pool: Callable[..., Pool], backend: str) -> None:
     """The exchange through the process group has a deadline too."""
-    errors = fresh_pool(4).run(construct_late)
+    errors = fresh_pool(4).run(construct_late, backend)
     for rank in (0, 2, 3):
         assert errors[rank][0] == "CommTimeoutError", errors[rank]
         assert re.match(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import data
 import exchange
 import pytest
 import torch
 import torch.distributed as dist
+from backends import device_of, on_backends, wait_for
 from checks import check_case
 from exchange import Turn
-from generators import LAYOUTS, Case
+from generators import LAYOUTS, Case, case_on
 from pool import Pool
 
 import deep_a2a
@@ -24,14 +26,12 @@ def use_two_lanes(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn
     with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
         pending = None
         for case in cases:
-            mine = data.inputs(case, rank)
-            result = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, lane=0, async_op=True)
+            result = buffer.dispatch(*inputs(case, rank), lane=0, async_op=True)
             if pending is not None:
                 turns.append(finish(*pending))
-            assert result.event is not None
-            result.event.wait()
+            wait_for(result.event)
             received = exchange.copy_result(result)
-            rows = data.expert_output(case, rank, received.length)
+            rows = data.expert_output(case, rank, received.length).to(result.x.device)
             combined = buffer.combine(rows.view(result.x.shape), result.handle, lane=1, async_op=True)
             pending = (received, combined, result, rows)
         assert pending is not None
@@ -39,20 +39,26 @@ def use_two_lanes(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn
     return turns
 
 
+def inputs(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mine, device = data.inputs(case, rank), device_of(case.backend)
+    return mine.x.to(device), mine.topk_idx.to(device), mine.topk_weights.to(device)
+
+
 def finish(
     received: exchange.Received, combined: deep_a2a.CombineResult, result: deep_a2a.DispatchResult, rows: torch.Tensor
 ) -> list[Turn]:
-    assert combined.event is not None
-    combined.event.wait()
+    wait_for(combined.event)
     result.release()
-    return [Turn(received, combined.x, None)]
+    return [exchange.turn_of(received, combined)]
 
 
+@on_backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("network_seed", [None, 3])
-def test_two_lanes_at_once(pools: Callable[[int], Pool], layout: str, network_seed: int | None) -> None:
-    cases = [Case(layout=layout, seed=seed, num_lanes=2, network_seed=network_seed) for seed in range(8)]
-    for case, *by_rank in zip(cases, *pools(8).run(use_two_lanes, cases), strict=True):
+def test_two_lanes_at_once(pools: Callable[[int], Pool], backend: str, layout: str, network_seed: int | None) -> None:
+    first = case_on(backend, layout=layout, num_lanes=2, network_seed=network_seed)
+    cases = [replace(first, seed=seed) for seed in range(8)]
+    for case, *by_rank in zip(cases, *pools(first.num_ranks).run(use_two_lanes, cases), strict=True):
         check_case(case, by_rank)
 
 
@@ -62,37 +68,36 @@ def use_halves(group: dist.ProcessGroup, cases: list[Case], async_op: bool) -> l
     A receive half relays rows for others: ranks that block in receives of different lanes would wait for each other.
     """
     rank = dist.get_rank(group)
-    mine = [data.inputs(case, rank) for case in cases]
+    mine = [inputs(case, rank) for case in cases]
     order = [0, 1] if async_op and rank % 2 else [1, 0]
     with deep_a2a.Buffer(group, **cases[0].buffer_arguments()) as buffer:
-        sent = [
-            buffer.dispatch_send(each.x, each.topk_idx, each.topk_weights, lane=lane, async_op=async_op)
-            for lane, each in enumerate(mine)
-        ]
+        sent = [buffer.dispatch_send(*each, lane=lane, async_op=async_op) for lane, each in enumerate(mine)]
         results = {lane: sent[lane].recv() for lane in order}
-        wait_for(results)
+        wait_for_all(results)
         received = [exchange.copy_result(results[lane]) for lane in range(2)]
         rows = [
-            data.expert_output(case, rank, each.length).view(results[lane].x.shape)
+            data.expert_output(case, rank, each.length).to(device_of(case.backend)).view(results[lane].x.shape)
             for lane, (case, each) in enumerate(zip(cases, received, strict=True))
         ]
         pending = [
             buffer.combine_send(rows[lane], results[lane].handle, lane=lane, async_op=async_op) for lane in range(2)
         ]
         combined = {lane: pending[lane].recv() for lane in order}
-        wait_for(combined)
-        return [[Turn(received[lane], combined[lane].x, None)] for lane in range(2)]
+        wait_for_all(combined)
+        return [[exchange.turn_of(received[lane], combined[lane])] for lane in range(2)]
 
 
-def wait_for(results: Mapping[int, deep_a2a.DispatchResult | deep_a2a.CombineResult]) -> None:
+def wait_for_all(results: Mapping[int, deep_a2a.DispatchResult | deep_a2a.CombineResult]) -> None:
     for result in results.values():
         if result.event is not None:
-            result.event.wait()
+            wait_for(result.event)
 
 
+@on_backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("async_op", [False, True])
-def test_halves_of_two_lanes(pools: Callable[[int], Pool], layout: str, async_op: bool) -> None:
-    cases = [Case(layout=layout, seed=seed, num_lanes=2, network_seed=4) for seed in range(2)]
-    for case, *by_rank in zip(cases, *pools(8).run(use_halves, cases, async_op), strict=True):
+def test_halves_of_two_lanes(pools: Callable[[int], Pool], backend: str, layout: str, async_op: bool) -> None:
+    first = case_on(backend, layout=layout, num_lanes=2, network_seed=4)
+    cases = [replace(first, seed=seed) for seed in range(2)]
+    for case, *by_rank in zip(cases, *pools(first.num_ranks).run(use_halves, cases, async_op), strict=True):
         check_case(case, by_rank)

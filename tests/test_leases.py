@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from backends import device_of, on_backends, on_nodes, place
 from pool import Pool
 from small import SMALL, error_of, send_ones
 
@@ -17,9 +18,9 @@ from deep_a2a.errors import LeaseError
 from deep_a2a.settings import LayoutName
 
 
-def use_leases(group: dist.ProcessGroup) -> list[tuple[str, str]]:
+def use_leases(group: dist.ProcessGroup, backend: str) -> list[tuple[str, str]]:
     errors = []
-    with deep_a2a.Buffer(group, ranks_per_node=2, num_slots=2, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, num_slots=2, **place(backend, 2), **SMALL) as buffer:
         first, second = send_ones(buffer, 1.0), send_ones(buffer, 2.0)
         errors.append(error_of(lambda: send_ones(buffer, 3.0)))
         errors.append(error_of(lambda: send_ones(buffer, 3.0, output="owned")))
@@ -37,23 +38,25 @@ def use_leases(group: dist.ProcessGroup) -> list[tuple[str, str]]:
         third.release()  # once is enough, twice is harmless
         for _ in range(5):
             send_ones(buffer).release()
-        one = torch.zeros(first.num_rank_rows or 0, buffer.hidden, dtype=torch.bfloat16)
+        one = torch.zeros(first.num_rank_rows or 0, buffer.hidden, dtype=torch.bfloat16, device=third.x.device)
         buffer.combine(one, first.handle)  # the handle outlives the lease
     return errors
 
 
-def test_leases(pools: Callable[[int], Pool]) -> None:
-    for errors in pools(8).run(use_leases):
+@on_backends
+def test_leases(pools: Callable[[int], Pool], backend: str) -> None:
+    for errors in pools(8 if backend == "cpu" else 4).run(use_leases, backend):
         assert [name for name, _ in errors] == [LeaseError.__name__] * 3
         assert all("release" in text and "num_slots" in text for _, text in errors)
 
 
-def keep_views(group: dist.ProcessGroup) -> None:
+def keep_views(group: dist.ProcessGroup, backend: str) -> None:
     """Views of a destroyed buffer are memory that nobody writes to any more, but memory."""
-    buffer = deep_a2a.Buffer(group, ranks_per_node=2, **SMALL)
+    before = shared_memory(backend)
+    buffer = deep_a2a.Buffer(group, **place(backend, 2), **SMALL)
     lent = buffer.lend_input(2)
     result = send_ones(buffer, 3.0)
-    assert count_mappings("deep_a2a") > 0
+    assert backend == "cuda" or shared_memory(backend) > before
     view = result.x
     buffer.destroy()
     del buffer
@@ -65,47 +68,51 @@ def keep_views(group: dist.ProcessGroup) -> None:
     result.release()
     del result, view, lent
     gc.collect()
-    assert count_mappings("deep_a2a") == 0
+    assert shared_memory(backend) == before
 
 
-def count_mappings(name: str) -> int:
+def shared_memory(backend: str) -> int:
+    """Mappings of windows in this process; those on a GPU cannot be seen in it."""
+    if backend == "cuda":
+        return 0
     with open("/proc/self/maps") as maps:
-        return sum(f"memfd:{name}" in line for line in maps)
+        return sum("memfd:deep_a2a" in line for line in maps)
 
 
-def test_views_outlive_the_buffer(pools: Callable[[int], Pool]) -> None:
-    pools(8).run(keep_views)
+@on_backends
+def test_views_outlive_the_buffer(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(8 if backend == "cpu" else 4).run(keep_views, backend)
 
 
 # ---- slow readers ----------------------------------------------------------------------------------------------
 
 
-def read_slowly(group: dist.ProcessGroup, slow: int, ranks_per_node: int) -> None:
+def read_slowly(group: dist.ProcessGroup, slow: int, backend: str, ranks_per_node: int) -> None:
     """One rank keeps its lease for a while; the others are in the next dispatch, with nothing to exchange, long before.
 
     Only the slot's credit keeps their rows out of it: they go straight to their places.
     """
-    with deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, num_slots=1, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, num_slots=1, **place(backend, ranks_per_node), **SMALL) as buffer:
         first = send_ones(buffer, 1.0)
         for value in (2.0, 3.0):
             if buffer.rank == slow:
                 time.sleep(0.1)
             assert (first.x == value - 1).all()
             first.release()
-            x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16)
+            x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16, device=device_of(backend))
             first = buffer.dispatch(x, handle=first.handle)
         assert (first.x == 3).all()
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
-def test_slow_reader_of_a_slot(pools: Callable[[int], Pool], ranks_per_node: int) -> None:
+@on_nodes(4, [1, 2, 4])
+def test_slow_reader_of_a_slot(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
     for slow in (0, 3):
-        pools(4).run(read_slowly, slow, ranks_per_node)
+        pools(4).run(read_slowly, slow, backend, ranks_per_node)
 
 
-def overwrite_at_once(group: dist.ProcessGroup, slow: int, ranks_per_node: int) -> None:
+def overwrite_at_once(group: dist.ProcessGroup, slow: int, backend: str, ranks_per_node: int) -> None:
     """One rank is slow to read what the others have lent for a combine; they overwrite it when theirs is done."""
-    with deep_a2a.Buffer(group, ranks_per_node=ranks_per_node, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, **place(backend, ranks_per_node), **SMALL) as buffer:
         for value in (1.0, 2.0, 3.0):
             result = send_ones(buffer)
             rows = buffer.lend_expert_output(result).fill_(value)
@@ -118,15 +125,15 @@ def overwrite_at_once(group: dist.ProcessGroup, slow: int, ranks_per_node: int) 
             result.release()
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
-def test_slow_reader_of_lent_rows(pools: Callable[[int], Pool], ranks_per_node: int) -> None:
+@on_nodes(4, [1, 2, 4])
+def test_slow_reader_of_lent_rows(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
     for slow in (0, 3):
-        pools(4).run(overwrite_at_once, slow, ranks_per_node)
+        pools(4).run(overwrite_at_once, slow, backend, ranks_per_node)
 
 
-def edit_result(group: dist.ProcessGroup, layout: LayoutName) -> None:
+def edit_result(group: dist.ProcessGroup, backend: str, layout: LayoutName) -> None:
     """What a result says is the caller's to change; the handle does not see it."""
-    with deep_a2a.Buffer(group, layout=layout, ranks_per_node=2, **SMALL) as buffer:
+    with deep_a2a.Buffer(group, layout=layout, **place(backend, 2), **SMALL) as buffer:
         result = send_ones(buffer)
         rows = result.x.clone()
         sums = buffer.combine(rows, result.handle).x
@@ -141,19 +148,22 @@ def edit_result(group: dist.ProcessGroup, layout: LayoutName) -> None:
         assert torch.equal(repeated.x, rows)
 
 
+@on_backends
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_results_are_the_callers(pools: Callable[[int], Pool], layout: LayoutName) -> None:
-    pools(4).run(edit_result, layout)
+def test_results_are_the_callers(pools: Callable[[int], Pool], backend: str, layout: LayoutName) -> None:
+    pools(4).run(edit_result, backend, layout)
 
 
-def destroy_between_halves(group: dist.ProcessGroup) -> list[tuple[str, str]]:
-    buffer = deep_a2a.Buffer(group, ranks_per_node=2, **SMALL)
-    idx = torch.full((1, 2), -1)
-    pending = buffer.dispatch_send(torch.ones(1, 16, dtype=torch.bfloat16), idx)
+def destroy_between_halves(group: dist.ProcessGroup, backend: str) -> list[tuple[str, str]]:
+    buffer = deep_a2a.Buffer(group, **place(backend, 2), **SMALL)
+    device = device_of(backend)
+    idx = torch.full((1, 2), -1, device=device)
+    pending = buffer.dispatch_send(torch.ones(1, 16, dtype=torch.bfloat16, device=device), idx)
     buffer.destroy()
     return [error_of(pending.recv), error_of(lambda: send_ones(buffer))]
 
 
-def test_destroy_between_halves(pools: Callable[[int], Pool]) -> None:
-    for errors in pools(4).run(destroy_between_halves):
+@on_backends
+def test_destroy_between_halves(pools: Callable[[int], Pool], backend: str) -> None:
+    for errors in pools(4).run(destroy_between_halves, backend):
         assert [text for _, text in errors] == ["the Buffer was destroyed"] * 2

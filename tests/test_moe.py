@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from backends import USUAL_NODES, device_of, on_backends, on_device_backends
 from moe_buffers import BUFFERS, HIDDEN, LOCAL_EXPERTS, NUM_TOPK, TOKENS, make_buffer, num_ranks, poison, sizes
 from pool import Pool
 from torch import Tensor, nn
@@ -82,11 +83,13 @@ def layer_router(topology: str) -> Router:
     return Router(num_experts, NUM_TOPK, num_groups=num_nodes, topk_groups=max(1, num_nodes // 2))
 
 
-def run_layer(group: dist.ProcessGroup, topology: str, layout: str, options: dict[str, Any]) -> LayerRun:
+def run_layer(group: dist.ProcessGroup, backend: str, topology: str, layout: str, options: dict[str, Any]) -> LayerRun:
     torch.manual_seed(7)  # the gate's weights, equal on all ranks
-    with make_buffer(group, topology, layout) as buffer:
+    device = device_of(backend)
+    with make_buffer(group, backend, topology, layout) as buffer:
         layer = moe.MoELayer(buffer, layer_router(topology), INTERMEDIATE, shared_intermediate=32, seed=SEED, **options)
-        x, grad = layer_inputs(buffer.rank)
+        layer.to(device)
+        x, grad = (each.to(device) for each in layer_inputs(buffer.rank))
         x.requires_grad_()
         layer.eval()
         with torch.no_grad():
@@ -98,16 +101,18 @@ def run_layer(group: dist.ProcessGroup, topology: str, layout: str, options: dic
         y.backward(grad)
         for parameter in moe.split_parameters(layer).shared:
             assert parameter.grad is not None
-            dist.all_reduce(parameter.grad, group=group)
+            summed = parameter.grad.cpu()
+            dist.all_reduce(summed, group=group)
+            parameter.grad.copy_(summed)
         load = layer.update_bias(0.5)
         assert x.grad is not None and not layer.expert_load.any()
         return LayerRun(
-            y.detach(),
-            x.grad,
-            {name: p.detach() for name, p in layer.named_parameters()},
-            {name: p.grad for name, p in layer.named_parameters() if p.grad is not None},
-            load,
-            layer.gate.expert_bias,
+            y.detach().cpu(),
+            x.grad.cpu(),
+            {name: p.detach().cpu() for name, p in layer.named_parameters()},
+            {name: p.grad.cpu() for name, p in layer.named_parameters() if p.grad is not None},
+            load.cpu(),
+            layer.gate.expert_bias.cpu(),
         )
 
 
@@ -155,23 +160,35 @@ FP8_TOLERANCES = {"bf16": 0.06, "fp8_e5m2": 0.1}
 @pytest.mark.parametrize("layout", BUFFERS)
 @pytest.mark.parametrize("topology", ["1x1", "2x4", "4x2", "2x3"])
 def test_layer_bf16(pools: Callable[[int], Pool], topology: str, layout: str) -> None:
-    runs = pools(num_ranks(topology)).run(run_layer, topology, layout, {})
+    runs = pools(num_ranks(topology)).run(run_layer, "cpu", topology, layout, {})
     check_layer(runs, topology, BF16_TOLERANCE)
 
 
+@on_device_backends
 @pytest.mark.parametrize("layout", BUFFERS)
-def test_layer_with_bf16_products(pools: Callable[[int], Pool], layout: str) -> None:
-    runs = pools(8).run(run_layer, "2x4", layout, {"compute_dtype": torch.bfloat16})
-    check_layer(runs, "2x4", 2 * BF16_TOLERANCE)
+@pytest.mark.parametrize("topology", ["1x1", "1x3", "1x4"])
+def test_layer_bf16_on_devices(pools: Callable[[int], Pool], backend: str, topology: str, layout: str) -> None:
+    runs = pools(num_ranks(topology)).run(run_layer, backend, topology, layout, {})
+    check_layer(runs, topology, BF16_TOLERANCE)
 
 
+@on_backends
+@pytest.mark.parametrize("layout", BUFFERS)
+def test_layer_with_bf16_products(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+    topology = USUAL_NODES[backend]
+    runs = pools(num_ranks(topology)).run(run_layer, backend, topology, layout, {"compute_dtype": torch.bfloat16})
+    check_layer(runs, topology, 2 * BF16_TOLERANCE)
+
+
+@on_backends
 @pytest.mark.parametrize("gradients", FP8_TOLERANCES)
 @pytest.mark.parametrize("layout", BUFFERS)
-def test_layer_fp8(pools: Callable[[int], Pool], layout: str, gradients: str) -> None:
+def test_layer_fp8(pools: Callable[[int], Pool], backend: str, layout: str, gradients: str) -> None:
+    topology = USUAL_NODES[backend]
     grad_format = moe.BF16 if gradients == "bf16" else moe.RowFormat(gradients)
     options = {"row_format": "fp8_e4m3", "grad_format": grad_format, "lane": 1}
-    runs = pools(8).run(run_layer, "2x4", layout, options)
-    check_layer(runs, "2x4", FP8_TOLERANCES[gradients])
+    runs = pools(num_ranks(topology)).run(run_layer, backend, topology, layout, options)
+    check_layer(runs, topology, FP8_TOLERANCES[gradients])
 
 
 # ---- parameters --------------------------------------------------------------------------------------------------
@@ -179,7 +196,7 @@ def test_layer_fp8(pools: Callable[[int], Pool], layout: str, gradients: str) ->
 
 @pytest.mark.parametrize("topology", ["1x1", "2x4"])
 def test_experts_start_equal_on_any_number_of_ranks(pools: Callable[[int], Pool], topology: str) -> None:
-    runs = pools(num_ranks(topology)).run(run_layer, topology, "rank", {})
+    runs = pools(num_ranks(topology)).run(run_layer, "cpu", topology, "rank", {})
     started = whole([run.parameters for run in runs])["experts.w_in"]
     one_by_one = [
         moe.RoutedExperts(HIDDEN, INTERMEDIATE, first_expert=expert, num_experts=1, seed=SEED).w_in[0]
@@ -192,7 +209,7 @@ def test_experts_start_equal_on_any_number_of_ranks(pools: Callable[[int], Pool]
 
 def split_and_misfit(group: dist.ProcessGroup) -> tuple[list[str], list[str], list[str]]:
     """Names of the replicated parameters and of the experts', and errors: of a router that does not fit, of formats."""
-    with make_buffer(group, "1x1", "rank") as buffer:
+    with make_buffer(group, "cpu", "1x1", "rank") as buffer:
         layer = moe.MoELayer(buffer, layer_router("1x1"), INTERMEDIATE, shared_intermediate=32)
         model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), layer)
         names = {id(parameter): name for name, parameter in model.named_parameters()}

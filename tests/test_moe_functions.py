@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from backends import MARKS, device_of
 from moe_buffers import BUFFERS, HIDDEN, LOCAL_EXPERTS, NUM_TOPK, TOKENS, make_buffer, num_ranks, poison
 from pool import Pool
 from torch import Tensor
@@ -49,7 +50,7 @@ def exact_inputs(rank: int, num_experts: int) -> Exact:
 
 
 def factor_of(expert: Tensor) -> Tensor:
-    return torch.tensor([1.0, 2.0, -1.0])[expert % 3]
+    return torch.tensor([1.0, 2.0, -1.0], device=expert.device)[expert % 3]
 
 
 def expected_exactly(inputs: Exact) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,32 +74,39 @@ def multiply_rows(buffer: deep_a2a.Buffer, dispatched: moe.Dispatched) -> Tensor
     y = torch.zeros_like(rows).flatten(0, -2)
     for expert, start in enumerate(result.expert_offsets[:-1].tolist()):
         size = int(result.rows_per_expert[expert])
-        factor = factor_of(torch.tensor(first_expert + expert))
+        factor = factor_of(torch.tensor(first_expert + expert, device=rows.device))
         y[start : start + size] = factor * rows.flatten(0, -2)[start : start + size]
     return y.view_as(rows)
 
 
-def run_exactly(group: dist.ProcessGroup, topology: str, layout: str, formats: str) -> tuple[Tensor, ...]:
+def run_exactly(group: dist.ProcessGroup, backend: str, topology: str, layout: str, formats: str) -> tuple[Tensor, ...]:
     row_format, grad_format = FORMATS[formats]
-    with make_buffer(group, topology, layout) as buffer:
+    device = device_of(backend)
+    with make_buffer(group, backend, topology, layout) as buffer:
         inputs = exact_inputs(buffer.rank, buffer.num_experts)
-        x = inputs.x.bfloat16().requires_grad_()
-        weights = inputs.topk_weights.clone().requires_grad_()
+        x = inputs.x.bfloat16().to(device).requires_grad_()
+        weights = inputs.topk_weights.to(device, copy=True).requires_grad_()
         poison(buffer)
-        dispatched = moe.dispatch(buffer, x, inputs.topk_idx, weights, row_format=row_format)
+        dispatched = moe.dispatch(buffer, x, inputs.topk_idx.to(device), weights, row_format=row_format)
         assert dispatched.rows.isfinite().all()
         y = moe.combine(buffer, multiply_rows(buffer, dispatched), dispatched, grad_format=grad_format)
-        y.backward(inputs.grad.bfloat16())  # type: ignore[no-untyped-call]
+        y.backward(inputs.grad.bfloat16().to(device))  # type: ignore[no-untyped-call]
         assert x.grad is not None and weights.grad is not None
-        return y.detach().float(), x.grad.float(), weights.grad
+        return y.detach().float().cpu(), x.grad.float().cpu(), weights.grad.cpu()
+
+
+PLACES = [("cpu", topology) for topology in ("1x1", "2x4", "8x1", "2x3")]
+PLACES += [(backend, topology) for backend in ("emulated", "cuda") for topology in ("1x1", "1x3", "1x4")]
 
 
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("layout", BUFFERS)
-@pytest.mark.parametrize("topology", ["1x1", "2x4", "8x1", "2x3"])
-def test_functions_are_exact(pools: Callable[[int], Pool], topology: str, layout: str, formats: str) -> None:
+@pytest.mark.parametrize(("backend", "topology"), [pytest.param(*each, marks=MARKS[each[0]]) for each in PLACES])
+def test_functions_are_exact(
+    pools: Callable[[int], Pool], backend: str, topology: str, layout: str, formats: str
+) -> None:
     ranks = num_ranks(topology)
-    for rank, got in enumerate(pools(ranks).run(run_exactly, topology, layout, formats)):
+    for rank, got in enumerate(pools(ranks).run(run_exactly, backend, topology, layout, formats)):
         expected = expected_exactly(exact_inputs(rank, ranks * LOCAL_EXPERTS))
         for name, mine, theirs in zip(("y", "grad x", "grad weights"), got, expected, strict=True):
             assert torch.equal(mine, theirs), (rank, name)

@@ -1,51 +1,41 @@
-"""Any case against the oracle, and many rounds on the same buffers."""
+"""Any case against the oracle, and results that do not depend on who comes when."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import hypothesis
 import pytest
+from backends import on_backends, on_device_backends
 from checks import check
 from exchange import run_cases
-from generators import LAYOUTS, TOPOLOGIES, Case, cases, rounds
+from generators import LAYOUTS, Case, case_on, cases, rounds
 from pool import Pool, dumps
 
-NUM_BUFFERS = 20
-ROUNDS_PER_BUFFER = 50
 
-
-@hypothesis.given(case=cases())
+@hypothesis.given(case=cases("cpu"))
 @hypothesis.settings(max_examples=150)
 def test_any_case(pools: Callable[[int], Pool], case: Case) -> None:
     check(pools(case.num_ranks), [case])
 
 
-def random_buffer(seed: int) -> Case:
-    numbers = random.Random(seed)
-    topology = list(TOPOLOGIES)[seed % len(TOPOLOGIES)]
-    local_experts = numbers.randint(1, 5)
-    case = Case(
-        topology=topology,
-        layout=LAYOUTS[seed % len(LAYOUTS)],
-        hidden=numbers.choice([8, 16, 48, 128, 144]),
-        local_experts=local_experts,
-        max_tokens=numbers.randint(1, 7),
-        expert_alignment=numbers.choice([1, 1, 3, 8]),
-        num_slots=numbers.randint(1, 3),
-        network_seed=numbers.choice([None, seed]),
-    )
-    return replace(case, num_topk=numbers.randint(1, min(8, case.num_experts)))
+@hypothesis.given(case=cases("emulated"))
+@hypothesis.settings(max_examples=100)
+def test_any_case_emulated(pools: Callable[[int], Pool], case: Case) -> None:
+    check(pools(case.num_ranks), [case])
 
 
-@pytest.mark.parametrize("seed", range(NUM_BUFFERS))
-def test_thousand_rounds(pools: Callable[[int], Pool], seed: int) -> None:
-    """20 buffers of random shapes, 50 rounds each: other tokens, routing, payload and modes every time."""
-    case = random_buffer(seed)
-    check(pools(case.num_ranks), rounds(case, ROUNDS_PER_BUFFER, seed))
+@pytest.mark.gpu
+@hypothesis.given(case=cases("cuda"))
+@hypothesis.settings(max_examples=100)
+def test_any_case_cuda(pools: Callable[[int], Pool], case: Case) -> None:
+    check(pools(case.num_ranks), [case])
+
+
+def turns_of(pool: Pool, cases: list[Case]) -> bytes:
+    return dumps(pool.run(run_cases, cases))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -55,14 +45,55 @@ def test_delivery_order_does_not_show(pools: Callable[[int], Pool], layout: str)
     if layout == "rank":  # long rows, so that a stream has several chunks
         modes |= {"hidden": 7168, "max_tokens": 20, "tokens": (20, 3, 0, 17, 8, 20, 1, 9)}
     for topology in ["2x4", "8x1"]:
-        calm = [Case(topology, layout, seed=seed, **modes) for seed in range(2)]
+        calm = [Case(topology, layout=layout, seed=seed, **modes) for seed in range(2)]
         check(pools(8), calm)
-        expected = dumps(pools(8).run(run_cases, calm))
+        expected = turns_of(pools(8), calm)
         for network_seed in range(8):
-            disturbed = [replace(case, network_seed=network_seed) for case in calm]
-            assert dumps(pools(8).run(run_cases, disturbed)) == expected
+            assert turns_of(pools(8), [replace(case, network_seed=network_seed) for case in calm]) == expected
 
 
-def test_two_runs_agree(pools: Callable[[int], Pool]) -> None:
-    turns = [replace(case, zero_padding=True) for layout in LAYOUTS for case in rounds(Case(layout=layout), 10, 7)]
-    assert dumps(pools(8).run(run_cases, turns)) == dumps(pools(8).run(run_cases, turns))
+@on_device_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_delays_do_not_show(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+    """Kernels that wait for a while before they release a flag: the same bits, by every seed, as without delays."""
+    modes: dict[str, Any] = {"zero_padding": True, "cached": True, "side": True, "num_topk": 3, "num_lanes": 2}
+    calm = [case_on(backend, layout=layout, seed=seed, **modes) for seed in range(2)]
+    pool = pools(calm[0].num_ranks)
+    check(pool, calm)
+    expected = turns_of(pool, calm)
+    for network_seed in range(4 if backend == "emulated" else 16):
+        assert turns_of(pool, [replace(case, network_seed=network_seed) for case in calm]) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_schedules_do_not_show(fresh_pool: Callable[..., Pool], layout: str) -> None:
+    """The emulator runs warps and bulk copies in another order by each seed; several numbers of blocks as well."""
+    modes: dict[str, Any] = {"zero_padding": True, "cached": True, "side": True}
+    expected = b""
+    for seed in (1, 2, 3):
+        pool = fresh_pool(2, DEEP_A2A_EMULATOR_SEED=str(seed))
+        for num_sms in (1, 2, 3, 5):
+            same = [case_on("emulated", topology="1x2", layout=layout, num_sms=num_sms, seed=1, **modes)]
+            if not expected:
+                check(pool, same)
+                expected = turns_of(pool, same)
+            assert turns_of(pool, same) == expected
+        pool.close()
+
+
+@on_backends
+def test_two_runs_agree(pools: Callable[[int], Pool], backend: str) -> None:
+    first = [case_on(backend, layout=layout) for layout in LAYOUTS]
+    turns = [replace(case, zero_padding=True) for each in first for case in rounds(each, 10, 7)]
+    pool = pools(first[0].num_ranks)
+    assert turns_of(pool, turns) == turns_of(pool, turns)
+
+
+@on_device_backends
+def test_backends_agree(pools: Callable[[int], Pool], backend: str) -> None:
+    """With the oracle out of the way: what the CPU backend gives, bit by bit, with any input."""
+    first = [case_on(backend, layout=layout) for layout in LAYOUTS]
+    turns = [replace(case, zero_padding=True) for each in first for case in rounds(each, 8, 11)]
+    on_cpu = [replace(case, backend="cpu", num_sms=None) for case in turns]
+    pool = pools(first[0].num_ranks)
+    assert turns_of(pool, turns) == turns_of(pool, on_cpu)

@@ -272,3 +272,20 @@ FP8_ROW = torch.zeros(2, 130).to(torch.float8_e4m3fn)
 def test_bad_arguments_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_same_bits_on_a_gpu(fmt: str, scale_format: str) -> None:
+    numbers = torch.Generator().manual_seed(3)
+    anything = torch.randint(0, 1 << 16, (64, 400), generator=numbers).to(torch.uint16).view(torch.bfloat16)
+    usual = torch.randn(64, 400, generator=numbers).bfloat16()
+    for x in (anything, usual, anything[:0]):
+        codes, scales = quant.quantize(x, fmt, scale_format)
+        there_codes, there_scales = quant.quantize(x.cuda(), fmt, scale_format)
+        assert torch.equal(there_codes.cpu().view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(there_scales.cpu().view(torch.uint8), scales.view(torch.uint8))
+        back = quant.dequantize(codes, scales)
+        there_back = quant.dequantize(there_codes, there_scales)
+        assert torch.equal(there_back.cpu().view(torch.int16)[back.isfinite()], back.view(torch.int16)[back.isfinite()])

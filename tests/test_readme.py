@@ -53,7 +53,7 @@ def test_script_runs(tmp_path: Path, name: str, prints: str) -> None:
     script = tmp_path / f"{name}.py"
     script.write_text(SCRIPTS[name])
     printed = run_on_four_ranks(script)
-    assert sorted(re.findall(rf"^rank (\d): {prints}", printed, re.MULTILINE)) == ["0", "1", "2", "3"], printed
+    assert sorted(re.findall(rf"rank (\d): {prints}", printed)) == ["0", "1", "2", "3"], printed
 
 
 def test_fragment_computes_what_it_should(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/errors.hpp"
+#include "bind/errors.hpp"
 #include "cpu/rank.hpp"
 #include "cpu/row_math.hpp"
 
@@ -26,18 +26,6 @@ template <class T>
 void bind_column(py::module_& m, const char* name) {
   py::class_<Column<T>>(m, name, py::buffer_protocol()).def_buffer([](Column<T>& column) {
     return py::buffer_info(column.values->data(), static_cast<py::ssize_t>(column.values->size()));
-  });
-}
-
-// The exceptions are Python's, so that all backends raise the same ones.
-void bind_errors() {
-  py::register_local_exception_translator([](std::exception_ptr error) {
-    try {
-      std::rethrow_exception(error);
-    } catch (const cpu::CommError& e) {
-      const py::object type = py::module_::import("deep_a2a.errors").attr(e.name());
-      PyErr_SetString(type.ptr(), e.what());
-    }
   });
 }
 
@@ -230,7 +218,7 @@ void bind_row_math(py::module_& m) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU backend of deep_a2a: the protocol over shared memory.";
-  bind_errors();
+  da::bind_errors();
   bind_shape(m);
   bind_window(m);
   bind_received(m);

@@ -1,6 +1,6 @@
 #include "cpu/lane.hpp"
 
-#include "cpu/errors.hpp"
+#include "common/errors.hpp"
 
 namespace deep_a2a::cpu {
 

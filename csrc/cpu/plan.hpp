@@ -1,11 +1,11 @@
-// D1 and D3 without any communication: counting tokens, agreeing on a call, computing where rows go.
+// D1 and D3 without any communication: counting tokens, computing where rows go.
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <vector>
 
 #include "cpu/handle.hpp"
+#include "protocol/agree.hpp"
 #include "protocol/args.hpp"
 
 namespace deep_a2a::cpu {
@@ -13,24 +13,6 @@ namespace deep_a2a::cpu {
 // D1. Fills the source part of `handle` (routes hold places) and the count vector of this rank.
 void count_tokens(const Shape& shape, int node, const DispatchArgs& args, uint32_t tag, Handle& handle,
                   CountVector counts);
-
-// The count vectors of all ranks, as they lie in the window.
-class AllCounts {
- public:
-  AllCounts(const Shape& shape, char* region) : shape_(shape), region_(region) {}
-  CountVector of(int rank) const { return CountVector::at(shape_, region_ + rank * CountVector::bytes(shape_)); }
-
- private:
-  const Shape& shape_;
-  char* region_;
-};
-
-// What all ranks, looking at the same counts, decide in the same way.
-struct Verdict {
-  std::exception_ptr refusal;   // null: go ahead
-  bool slots_disagree = false;  // leases differ between ranks: no later dispatch could agree either
-};
-Verdict agree(const Shape& shape, const AllCounts& counts);
 
 // D3. Where the rows of each source start, at every rank of one node.
 class Bases {

@@ -1,7 +1,7 @@
 #include "cpu/rank.hpp"
 
 #include "common/check.hpp"
-#include "cpu/errors.hpp"
+#include "common/errors.hpp"
 
 namespace deep_a2a::cpu {
 

@@ -28,10 +28,7 @@ Slot::Slot(Transport& transport, int slot, const RowFormat& format, bool streami
     : transport_(transport), shape_(transport.shape()), format_(format), streaming_(streaming) {
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
     const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, slot); };
-    views_.push_back({at(Region::kRecvRows), at(Region::kRecvScales),
-                      reinterpret_cast<int32_t*>(at(Region::kRecvTopkIdx)),
-                      reinterpret_cast<float*>(at(Region::kRecvTopkWeights)),
-                      reinterpret_cast<int32_t*>(at(Region::kRecvExpertRows))});
+    views_.push_back({at(Region::kRecvRows), at(Region::kRecvScales), at(Region::kRecvRoutes)});
   }
 }
 
@@ -60,22 +57,19 @@ void Slot::place(const RouteEntry* entries, const Row& row, bool with_routing) {
       bytes += format_.payload_bytes + format_.scale_bytes;
     }
     if (first && with_routing) {
-      place_routing(to, rank, entries, entries[slot].rank_row);
-      bytes += int64_t{shape_.num_topk} * 12;
+      place_routing(to, entries, entries[slot].rank_row);
+      bytes += RouteRecord::bytes(shape_);
     }
     if (rank != transport_.rank()) transport_.count_shm_bytes(bytes);
   }
 }
 
-void Slot::place_routing(const View& to, int rank, const RouteEntry* entries, int64_t rank_row) {
-  const int topk = shape_.num_topk;
-  const int first_expert = rank * shape_.num_local_experts();
-  for (int slot = 0; slot < topk; ++slot) {
-    const RouteEntry& entry = entries[slot];
-    const bool here = entry.expert >= first_expert && entry.expert < first_expert + shape_.num_local_experts();
-    to.topk_idx[rank_row * topk + slot] = here ? entry.expert - first_expert : -1;
-    to.topk_weights[rank_row * topk + slot] = here ? entry.weight : 0.0f;
-    to.expert_rows[rank_row * topk + slot] = here ? entry.expert_row : -1;
+void Slot::place_routing(const View& to, const RouteEntry* entries, int64_t rank_row) {
+  const RouteRecord into = record(to, rank_row);
+  for (int slot = 0; slot < shape_.num_topk; ++slot) {
+    into.experts[slot] = entries[slot].expert;
+    into.weights[slot] = entries[slot].weight;
+    if (into.expert_rows != nullptr) into.expert_rows[slot] = entries[slot].expert_row;
   }
 }
 
@@ -89,10 +83,18 @@ void Slot::zero_padding(const Received& received) {
 }
 
 void Slot::keep_routing(Received& received) const {
-  const int64_t entries = received.num_rank_rows * shape_.num_topk;
-  std::copy_n(own().topk_idx, entries, received.topk_idx.begin());
-  std::copy_n(own().topk_weights, entries, received.topk_weights.begin());
-  if (shape_.layout != Layout::kRank) std::copy_n(own().expert_rows, entries, received.expert_rows.begin());
+  const int topk = shape_.num_topk, experts = shape_.num_local_experts();
+  const int first_expert = transport_.rank() * experts;
+  for (int64_t row = 0; row < received.num_rank_rows; ++row) {
+    const RouteRecord from = record(own(), row);
+    for (int slot = 0; slot < topk; ++slot) {
+      const int local = from.experts[slot] - first_expert;
+      if (from.experts[slot] < 0 || local < 0 || local >= experts) continue;  // -1, 0 and -1 are there already
+      received.topk_idx[row * topk + slot] = local;
+      received.topk_weights[row * topk + slot] = from.weights[slot];
+      if (from.expert_rows != nullptr) received.expert_rows[row * topk + slot] = from.expert_rows[slot];
+    }
+  }
 }
 
 void Slot::copy_out(const Received& received, const OwnedOutput& owned, bool with_padding) const {

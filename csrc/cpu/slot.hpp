@@ -35,12 +35,13 @@ class Slot {
   struct View {
     char* rows;
     char* scales;
-    int32_t* topk_idx;
-    float* topk_weights;
-    int32_t* expert_rows;
+    char* routes;
   };
 
-  void place_routing(const View& to, int rank, const RouteEntry* entries, int64_t rank_row);
+  void place_routing(const View& to, const RouteEntry* entries, int64_t rank_row);
+  RouteRecord record(const View& view, int64_t rank_row) const {
+    return RouteRecord::at(shape_, view.routes + rank_row * RouteRecord::bytes(shape_));
+  }
   const View& own() const { return views_[transport_.local_rank()]; }
 
   Transport& transport_;

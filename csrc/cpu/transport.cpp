@@ -7,7 +7,7 @@
 
 #include "common/check.hpp"
 #include "cpu/copy.hpp"
-#include "cpu/errors.hpp"
+#include "protocol/faults.hpp"
 
 namespace deep_a2a::cpu {
 namespace {
@@ -139,16 +139,6 @@ void Transport::throw_if_aborted() {
   std::rethrow_exception(poison_);
 }
 
-std::exception_ptr Transport::error_of(const FaultRecord& record) const {
-  const std::string what = describe(record);
-  if (record.rank != rank_) {
-    return std::make_exception_ptr(
-        PeerAbortError(text("rank ", rank_, " stopped because another rank gave up: ", what)));
-  }
-  if (record.fault == Fault::kMismatch) return std::make_exception_ptr(MismatchError(what));
-  return std::make_exception_ptr(CommTimeoutError(what));
-}
-
 // The first lane of this rank to give up tells everybody; a second one throws what the first found. Poisoned before
 // anybody is told: a peer that gives up at the same time overwrites the abort word, and must not take the place of what
 // this rank found itself.
@@ -182,32 +172,12 @@ void Transport::tell_all(const FaultRecord& record) {
   }
 }
 
-std::string Transport::describe(const FaultRecord& record) const {
-  const auto named = [&](int rank) { return text("rank ", rank, " (node ", topology().node_of(rank), ")"); };
-  const std::string where = text(" (lane ", record.lane, ", epoch ", record.epoch, ")");
-  const std::string who = named(record.rank), whom = named(record.peer), step = step_name(record.step);
-  switch (record.fault) {
-    case Fault::kUnexpected:
-      return text(who, " failed by itself, see its own error", where);
-    case Fault::kMismatch:
-      return text(who, " found in step ", step, " that ", whom,
-                  " was called differently (handle, slot, dtype of x, or side): expected ", record.expected, ", seen ",
-                  record.seen, where);
-    case Fault::kTimeout:
-      break;
-  }
-  return text(who, " gave up in step ", step, " after ", record.waited_ms / 1000.0, " s waiting for ", whom,
-              ": expected ", record.expected, ", seen ", record.seen, where, late_ranks(record));
-}
-
-// Whom a rank waits for may itself be waiting: those who have not come to the operation at all are where to look.
-std::string Transport::late_ranks(const FaultRecord& record) const {
-  std::string ranks;
+std::exception_ptr Transport::error_of(const FaultRecord& record) const {
+  std::vector<uint64_t> begun;
   for (int rank = 0; rank < topology().num_ranks; ++rank) {
-    if (load_acquire(word(rank, Region::kProgress, record.lane, 0)) >= record.epoch) continue;
-    ranks += text(ranks.empty() ? "" : ", ", rank);
+    begun.push_back(load_acquire(word(rank, Region::kProgress, record.lane, 0)));
   }
-  return ranks.empty() ? "; every rank has begun this operation" : "; not begun by rank " + ranks;
+  return deep_a2a::error_of(record, rank_, topology(), begun);
 }
 
 }  // namespace deep_a2a::cpu

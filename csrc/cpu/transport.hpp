@@ -8,7 +8,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "cpu/doorbell.hpp"
@@ -105,8 +104,6 @@ class Transport {
   [[noreturn]] void give_up(const FaultRecord& record);
   void tell_all(const FaultRecord& record);
   std::exception_ptr error_of(const FaultRecord& record) const;
-  std::string describe(const FaultRecord& record) const;
-  std::string late_ranks(const FaultRecord& record) const;
 
   const Shape shape_;
   const WindowLayout layout_;

@@ -14,6 +14,7 @@ enum class Region : int {
   kAbort,
   kFaults,
   kSlotCredit,
+  kGone,
   kDoorbell,
   kProgress,
   kLaneCredit,
@@ -23,6 +24,7 @@ enum class Region : int {
   kSentFlag,
   kRelayedFlag,
   kReadyFlag,
+  kReadyChunk,
   kReadFlag,
   kCounts,
   kNetCountsIn,
@@ -30,13 +32,13 @@ enum class Region : int {
   kNetIn,
   kNetOut,
   kInputRows,
+  kInputScales,
+  kCastRows,
   kCombineRows,
   kCombineSide,
   kRecvRows,
   kRecvScales,
-  kRecvTopkIdx,
-  kRecvTopkWeights,
-  kRecvExpertRows,
+  kRecvRoutes,
   kCount,
 };
 
@@ -56,6 +58,7 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kAbort, "abort", Scope::kOnce, kWordBytes, "abort word");
   visit(Region::kFaults, "faults", Scope::kOnce, ranks * static_cast<int64_t>(sizeof(FaultRecord)), "fault records");
   visit(Region::kSlotCredit, "slot_credit", Scope::kOnce, s.num_slots * locals * kWordBytes, "releases of each slot");
+  visit(Region::kGone, "gone", Scope::kOnce, ranks * kWordBytes, "ranks that use this window no more (cuda)");
   visit(Region::kDoorbell, "doorbell", Scope::kPerLane, kWordBytes, "wakes a sleeping lane (cpu)");
   visit(Region::kProgress, "progress", Scope::kPerLane, kWordBytes, "epoch that this rank has begun");
   visit(Region::kLaneCredit, "lane_credit", Scope::kPerLane, 2 * ranks * kWordBytes, "finished epochs of peers");
@@ -65,6 +68,8 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kSentFlag, "sent_flag", Scope::kPerLane, locals * kWordBytes, "rows of the node stored");
   visit(Region::kRelayedFlag, "relayed_flag", Scope::kPerLane, locals * kWordBytes, "rows of other nodes stored");
   visit(Region::kReadyFlag, "ready_flag", Scope::kPerLane, locals * kWordBytes, "combine rows readable");
+  visit(Region::kReadyChunk, "ready_chunk", Scope::kPerLane,
+        s.row_per_expert() ? locals * max_ready_chunks(s) * kWordBytes : 0, "combine rows readable, in chunks (cuda)");
   visit(Region::kReadFlag, "read_flag", Scope::kPerLane, locals * kWordBytes, "combine rows read");
   visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts, "count vectors by source rank");
   visit(Region::kNetCountsIn, "net_counts_in", Scope::kPerLane, streams * counts, "count vectors of rail peers");
@@ -73,13 +78,16 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kNetIn, "net_in", Scope::kPerLane, stream_rows, "rows from other nodes");
   visit(Region::kNetOut, "net_out", Scope::kPerLane, stream_rows, "rows to other nodes");
   visit(Region::kInputRows, "input_rows", Scope::kPerLane, s.max_tokens * s.max_payload_bytes(), "lent dispatch input");
+  visit(Region::kInputScales, "input_scales", Scope::kPerLane, s.max_tokens * s.max_scale_bytes(),
+        "scales of rows that peers pull (cuda)");
+  visit(Region::kCastRows, "cast_rows", Scope::kPerLane, s.row_per_expert() ? int64_t{s.max_tokens} * s.hidden : 0,
+        "FP8 rows made from the input, for peers to pull (cuda)");
   visit(Region::kCombineRows, "combine_rows", Scope::kPerLane, rank_rows * s.max_payload_bytes(), "combine input");
   visit(Region::kCombineSide, "combine_side", Scope::kPerLane, rank_rows * topk_bytes, "combine side payload");
   visit(Region::kRecvRows, "recv_rows", Scope::kPerSlot, rows * s.max_payload_bytes(), "received rows");
   visit(Region::kRecvScales, "recv_scales", Scope::kPerSlot, rows * s.max_scale_bytes(), "their scales");
-  visit(Region::kRecvTopkIdx, "recv_topk_idx", Scope::kPerSlot, rank_rows * topk_bytes, "local expert ids");
-  visit(Region::kRecvTopkWeights, "recv_topk_weights", Scope::kPerSlot, rank_rows * topk_bytes, "top-k weights");
-  visit(Region::kRecvExpertRows, "recv_expert_rows", Scope::kPerSlot, rank_rows * topk_bytes, "expert rows");
+  visit(Region::kRecvRoutes, "recv_routes", Scope::kPerSlot, rank_rows * RouteRecord::bytes(s),
+        "routing of the rank rows");
 }
 
 // Offsets of all regions: plain data, passed to kernels by value.

@@ -39,6 +39,11 @@ struct Shape {
 
   DEEP_A2A_HOST_DEVICE int64_t all_tokens() const { return int64_t{topology.num_ranks} * max_tokens; }
 
+  // Rows of `x` that an expert's group takes at its rank.
+  DEEP_A2A_HOST_DEVICE int64_t group_rows(int64_t tokens) const {
+    if (layout == Layout::kRank) return 0;
+    return layout == Layout::kPadded ? expert_capacity : align_up<int64_t>(tokens, expert_alignment);
+  }
   // Rows of `x` in a slot.
   DEEP_A2A_HOST_DEVICE int64_t slot_rows() const {
     if (layout == Layout::kPadded) return expert_capacity * num_local_experts();
@@ -54,6 +59,9 @@ struct Shape {
   DEEP_A2A_HOST_DEVICE int64_t slot_rank_rows() const {
     return slot_rows() < all_tokens() ? slot_rows() : all_tokens();
   }
+
+  // Of `x` as received; otherwise a row per (token, rank).
+  DEEP_A2A_HOST_DEVICE bool row_per_expert() const { return layout != Layout::kRank; }
 
   DEEP_A2A_HOST_DEVICE int64_t max_payload_bytes() const { return int64_t{hidden} * 2; }
   DEEP_A2A_HOST_DEVICE int num_scale_groups() const { return ceil_div(hidden, kScaleGroupChannels); }

@@ -14,11 +14,13 @@ enum class Step : int32_t {
   kD5Relay,
   kD6Sent,
   kD6Relayed,
+  kD6Read,
   kC0Credit,
   kC2Gather,
   kC3Relay,
   kC4AddNodes,
   kC5CreditReturned,
+  kGrid,
 };
 
 enum class Fault : int32_t {
@@ -43,6 +45,8 @@ inline const char* step_name(Step step) {
       return "D6 arrival (sent)";
     case Step::kD6Relayed:
       return "D6 arrival (relayed)";
+    case Step::kD6Read:
+      return "D6 arrival (rows read)";
     case Step::kC0Credit:
       return "C0 credit";
     case Step::kC2Gather:
@@ -53,6 +57,8 @@ inline const char* step_name(Step step) {
       return "C4 add nodes";
     case Step::kC5CreditReturned:
       return "C5 credit returned";
+    case Step::kGrid:
+      return "grid (blocks of its own kernel)";
   }
   return "unknown step";
 }

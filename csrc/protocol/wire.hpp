@@ -19,6 +19,27 @@ struct RouteEntry {
 };
 static_assert(sizeof(RouteEntry) == 16 && offsetof(RouteEntry, expert_row) == 12);
 
+// The routing of one rank row, stored beside it by its source: for each top-k slot of the token the expert (or -1), its
+// weight and, unless rows are per rank, its row. The same for all ranks that get the token: each looks for its own
+// experts.
+struct RouteRecord {
+  int32_t* experts;
+  float* weights;
+  int32_t* expert_rows;  // null in layout kRank
+  int32_t* from_row;     // null in layout kRank: where a receiver that pulls the row finds it, its index at the source
+
+  DEEP_A2A_HOST_DEVICE static int64_t bytes(const Shape& s) {
+    const int64_t words = s.row_per_expert() ? 3 * s.num_topk + 1 : 2 * s.num_topk;
+    return align_up<int64_t>(words * 4, kRowAlignment);
+  }
+  DEEP_A2A_HOST_DEVICE static RouteRecord at(const Shape& s, void* base) {
+    auto* words = static_cast<int32_t*>(base);
+    auto* weights = reinterpret_cast<float*>(words + s.num_topk);
+    if (!s.row_per_expert()) return {words, weights, nullptr, nullptr};
+    return {words, weights, words + 2 * s.num_topk, words + 3 * s.num_topk};
+  }
+};
+
 // What one rank was asked to do; all ranks compare these before a row reaches a slot.
 struct CountHeader {
   int32_t num_tokens;
@@ -99,6 +120,10 @@ DEEP_A2A_HOST_DEVICE inline int rows_per_chunk(const Shape& s) {
   const int64_t rows = s.chunk_bytes / StreamRow::max_bytes(s);
   return static_cast<int>(rows < 1 ? 1 : rows > s.max_tokens ? s.max_tokens : rows);
 }
+// Own rows (C1b) become readable together, that many of one source: a flag costs as much as several rows.
+constexpr int kReadyRows = 4;
+DEEP_A2A_HOST_DEVICE inline int max_ready_chunks(const Shape& s) { return ceil_div(s.max_tokens, kReadyRows); }
+
 DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return ceil_div(s.max_tokens, rows_per_chunk(s)); }
 
 }  // namespace deep_a2a

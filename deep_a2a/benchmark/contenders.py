@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from deep_a2a.benchmark.alltoall import AllToAll, Route
 from deep_a2a.benchmark.cell import Cell
-from deep_a2a.benchmark.gloo import GlooExchange, Route
 from deep_a2a.benchmark.plain import Delivered
 from deep_a2a.benchmark.workload import Payload
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Contender(Protocol):
     """One iteration: load, dispatch, delivered, load_expert_output, combine, combined, finish. Collective.
 
-    Only `dispatch` and `combine` are timed; the others do what a model would have done, or look at results.
+    Only `dispatch` and `combine` are timed; the others do what a model would have done, or look at results. `close`
+    comes after the last iteration.
     """
 
     def load(self, x: Payload, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None: ...
@@ -35,12 +36,17 @@ class Contender(Protocol):
 
     def finish(self) -> None: ...
 
+    def close(self) -> None: ...
+
+
+Mode = Literal["blocking", "async"]
+
 
 class BufferContender:
-    """deep_a2a, with inputs and outputs as the cell asks."""
+    """deep_a2a, with inputs and outputs as the cell asks. In mode "async" nothing waits for an operation but `wait`."""
 
-    def __init__(self, buffer: Buffer, cell: Cell) -> None:
-        self._buffer, self._cell = buffer, cell
+    def __init__(self, buffer: Buffer, cell: Cell, mode: Mode = "blocking") -> None:
+        self._buffer, self._cell, self._async = buffer, cell, mode == "async"
         self._quantize = "fp8" if cell.dtype == "fp8_cast" else None
         self._spare_rows = torch.empty(0)
         self._handle: DispatchHandle | None = None
@@ -50,8 +56,10 @@ class BufferContender:
         rows, scales = x
         if self._cell.input == "lent":
             rows = self._buffer.lend_input(rows.shape[0], rows.dtype).copy_(rows)
-        self._x = rows if scales is None else (rows, scales)
-        self._topk = (topk_idx, topk_weights)
+        else:
+            rows = self._settle("rows", rows)
+        self._x = rows if scales is None else (rows, self._settle("scales", scales))
+        self._topk = (self._settle("topk_idx", topk_idx), self._settle("topk_weights", topk_weights))
         if self._cell.cached and self._handle is None:
             result = self._dispatch(None)
             self._handle = result.handle
@@ -59,6 +67,10 @@ class BufferContender:
 
     def dispatch(self) -> None:
         self._result = self._dispatch(self._handle)
+
+    def _settle(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Where an input lies that is not lent: anywhere."""
+        return tensor
 
     def _dispatch(self, handle: DispatchHandle | None) -> DispatchResult:
         topk_idx, topk_weights = self._topk if handle is None else (None, None)
@@ -71,6 +83,7 @@ class BufferContender:
             scale_format=self._cell.scale_format,
             host_sync=self._cell.host_sync,
             output=self._cell.output,
+            async_op=self._async,
         )
 
     def delivered(self) -> Delivered:
@@ -100,14 +113,26 @@ class BufferContender:
         return self._spare_rows
 
     def combine(self) -> None:
-        self._combined = self._buffer.combine(self._y, self._current.handle).x
+        self._combined = self._buffer.combine(self._y, self._current.handle, async_op=self._async)
+
+    def refill(self, y: torch.Tensor) -> None:
+        """As `load_expert_output`, into the memory of the time before: so it may come before the dispatch."""
+        self._y[: y.shape[0]].copy_(y)
+
+    def wait(self) -> None:
+        """For combine, and so for dispatch, which runs before it."""
+        if self._combined.event is not None:
+            self._combined.event.wait()
 
     def combined(self) -> torch.Tensor:
-        return self._combined
+        return self._combined.x
 
     def finish(self) -> None:
         self._current.release()
         self._result = None
+
+    def close(self) -> None:
+        self._handle = None
 
     @property
     def _current(self) -> DispatchResult:
@@ -115,20 +140,27 @@ class BufferContender:
         return self._result
 
 
-class GlooContender:
-    """The baseline. Its buffers are its own and reused, which is what a leased output is to the other."""
+Counting = Literal["timed", "ahead"]
 
-    def __init__(self, exchange: GlooExchange, cell: Cell) -> None:
-        self._exchange, self._cell = exchange, cell
-        self._cached_route: Route | None = None
+
+class AllToAllContender:
+    """The baseline. Its buffers are its own and reused, which is what a leased output is to the other.
+
+    counting: "ahead" leaves out of its time who sends how much: that is asked of the host, which no held stream allows.
+    """
+
+    def __init__(self, exchange: AllToAll, cell: Cell, counting: Counting = "timed") -> None:
+        self._exchange, self._cell, self._counting = exchange, cell, counting
+        self._known: Route | None = None
 
     def load(self, x: Payload, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         self._x, self._topk = x, (topk_idx, topk_weights)
-        if self._cell.cached and self._cached_route is None:
-            self._cached_route = self._exchange.dispatch(x, topk_idx, topk_weights)[2]
+        if self._counting == "ahead" or (self._cell.cached and self._known is None):
+            self._known = self._exchange.plan(topk_idx, topk_weights)
 
     def dispatch(self) -> None:
-        self._rows, self._scales, self._route = self._exchange.dispatch(self._x, *self._topk, self._cached_route)
+        self._route = self._known or self._exchange.plan(*self._topk)
+        self._rows, self._scales = self._exchange.dispatch(self._x, self._route)
 
     def delivered(self) -> Delivered:
         return Delivered(self._rows, self._scales, self._route.topk_idx, self._route.topk_weights)
@@ -144,3 +176,6 @@ class GlooContender:
 
     def finish(self) -> None:
         pass
+
+    def close(self) -> None:
+        self._known = None

@@ -53,6 +53,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def driver_version() -> str | None:
+    """Of the NVIDIA driver that is loaded, or None."""
+    for line in _read_lines(Path("/proc/driver/nvidia/version")):
+        numbers = [word for word in line.split() if word[0].isdigit() and "." in word]
+        if line.startswith("NVRM") and numbers:
+            return numbers[0]
+    return None
+
+
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()

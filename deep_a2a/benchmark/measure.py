@@ -1,47 +1,44 @@
-"""Measures the cells of a benchmark on one rank: fresh data, timed operations, checks, the baseline beside it."""
+"""Measures a cell on one rank: fresh data, timed operations, checks, the baseline beside it."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from deep_a2a import Buffer
-from deep_a2a.benchmark import gloo, plain
+from deep_a2a.benchmark import plain
+from deep_a2a.benchmark.agreement import MeasurementError, agree, attempt, largest
+from deep_a2a.benchmark.alltoall import AllToAll
 from deep_a2a.benchmark.ceiling import CopyCeiling
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.clock import Gate
-from deep_a2a.benchmark.contenders import BufferContender, Contender, GlooContender
-from deep_a2a.benchmark.record import Record, WireBytes
-from deep_a2a.benchmark.traffic import Traffic, combine_traffic, dispatch_traffic
+from deep_a2a.benchmark.contenders import AllToAllContender, BufferContender, Contender, Counting
+from deep_a2a.benchmark.graph import GraphContender
+from deep_a2a.benchmark.link import ceiling_fields
+from deep_a2a.benchmark.record import Record
+from deep_a2a.benchmark.session import Session
+from deep_a2a.benchmark.stream_gate import Enqueue
+from deep_a2a.benchmark.traffic import Traffic, combine_traffic, dispatch_traffic, mean_traffic
 from deep_a2a.benchmark.workload import Payload, Workload
 
 _CAPACITY_STEP = 16
 _MAX_LATE_STARTS = 10
 
 
-def measure_cells(group: dist.ProcessGroup, cells: Sequence[Cell]) -> list[Record]:
-    """Two records a cell, dispatch and combine; collective over `group`. Every rank returns the same."""
-    records: list[Record] = []
-    for number, cell in enumerate(cells, start=1):
-        if dist.get_rank(group) == 0:
-            print(f"[{number}/{len(cells)}] {cell.describe()}", file=sys.stderr, flush=True)
-        records += CellRun(group, cell).run()
-    return records
-
-
 class CellRun:
     """One cell on one rank. Each iteration has its own data; Buffer and baseline take turns at going first."""
 
-    def __init__(self, group: dist.ProcessGroup, cell: Cell) -> None:
-        self._cell, self._group, self._rank = cell, group, dist.get_rank(group)
-        self._workload = Workload(cell)
-        self._routings = [self._workload.routing(i) for i in range(cell.num_warmup + cell.num_iters)]
-        self._received = [plain.received_rows(cell, routing, self._rank) for routing in self._routings]
+    def __init__(self, session: Session, cell: Cell) -> None:
+        self._session, self._cell, self._rank = session, cell, session.rank
+        self._workload = Workload(cell, session.place.device)
+        routed = session.routed(cell)
+        self._routings, self._received = routed.routings, routed.received
         # Sized for the routing of all iterations: skewed routing fits, and uniform routing takes no more than it needs.
         self._num_rows = max(self._largest(max(received.experts.shape[0] for received in self._received)), 1)
         most = self._largest(max(int(received.rows_per_expert.max()) for received in self._received))
@@ -51,48 +48,87 @@ class CellRun:
             "expert": self._num_rows,
             "padded": cell.num_local_experts * self._capacity,
         }[cell.layout]
-        self._y = torch.zeros(num_rows, cell.hidden, dtype=torch.bfloat16)
-        self._gate = Gate(group)
+        self._y = torch.zeros(num_rows, cell.hidden, dtype=torch.bfloat16, device=session.place.device)
+        self._gate = Gate(session.group)
         self._times: dict[tuple[str, str], list[float]] = defaultdict(list)
 
     def run(self) -> list[Record]:
-        """Measures, and returns the records of dispatch and of combine."""
-        cell = self._cell
+        """Measures, and returns the records of dispatch and of combine. MeasurementError on every rank if it fails."""
+        cell, session = self._cell, self._session
         counted = self._routings[cell.num_warmup :]
         traffic = {
-            "dispatch": [dispatch_traffic(cell, routing.topk_idx) for routing in counted],
-            "combine": [combine_traffic(cell, routing.topk_idx) for routing in counted],
+            "dispatch": mean_traffic([dispatch_traffic(cell, routing.topk_idx) for routing in counted]),
+            "combine": mean_traffic([combine_traffic(cell, routing.topk_idx) for routing in counted]),
         }
-        ceiling = CopyCeiling(self._group, max(each.wire.total for each in traffic["dispatch"]))
-        with Buffer(
-            self._group,
-            hidden=cell.hidden,
-            num_experts=cell.num_experts,
-            num_topk=cell.num_topk,
-            num_max_tokens_per_rank=cell.num_tokens,
-            ranks_per_node=cell.ranks_per_node,
-            backend=cell.backend,
-            layout=cell.layout,
-            expert_capacity=self._capacity if cell.layout == "padded" else None,
-            max_recv_rows=self._num_rows if cell.layout == "expert" else None,
-        ) as buffer:
-            contenders: list[tuple[str, Contender]] = [("subject", BufferContender(buffer, cell))]
-            if cell.baseline:
-                exchange = gloo.GlooExchange(self._group, cell, self._num_rows, self._capacity)
-                contenders.append(("baseline", GlooContender(exchange, cell)))
+        copies = CopyCeiling(session.group, traffic["dispatch"].wire.total) if cell.backend == "cpu" else None
+        with make_buffer(session, cell, self._num_rows, self._capacity) as buffer:
+            contenders = self._contenders(buffer)
+            if cell.backend != "cpu":
+                contenders = [each for each in contenders if self._rehearse(*each)]
             for iteration in range(len(self._routings)):
                 self._iterate(iteration, contenders if iteration % 2 == 0 else contenders[::-1])
-                self._time("ceiling", "copy", ceiling.copy)
-            dist.barrier(group=self._group)
-        ceiling_gbs = ceiling.gbs(self._median("ceiling", "copy"))
-        return [self._record(op, each, ceiling_gbs) for op, each in traffic.items()]
+                if copies is not None:
+                    self._time("ceiling", "copy", copies.copy)
+            session.place.synchronize()
+            for _, contender in contenders:
+                contender.close()
+            dist.barrier(group=session.group)
+        if copies is not None:
+            ceiling, of = copies.gbs(self._median("ceiling", "copy")), "memmove into a neighbour's window"
+        elif session.link is not None:
+            ceiling, of = session.link.ceiling.gbs, session.link.describe()
+        else:
+            ceiling, of = None, None
+        return [self._record(op, each, ceiling, of) for op, each in traffic.items()]
+
+    def _contenders(self, buffer: Buffer) -> list[tuple[str, Contender]]:
+        cell, session = self._cell, self._session
+        subject = GraphContender(buffer, cell) if cell.graph else BufferContender(buffer, cell)
+        contenders: list[tuple[str, Contender]] = [("subject", subject)]
+        if self._has_baseline:
+            assert session.rows_group is not None
+            exchange = AllToAll(
+                session.group, session.rows_group, cell, self._num_rows, self._capacity, session.place.device
+            )
+            counting: Counting = "timed" if cell.backend == "cpu" else "ahead"
+            contenders.append(("baseline", AllToAllContender(exchange, cell, counting)))
+        return contenders
+
+    @property
+    def _has_baseline(self) -> bool:
+        return self._cell.baseline and self._session.rows_group is not None
+
+    def _rehearse(self, name: str, contender: Contender) -> bool:
+        """Everything once before any stream is held: loading a kernel, for one, may wait for all that is under way.
+
+        False for a baseline that does not work; MeasurementError on every rank if the subject does not.
+        """
+        x, topk, y = self._inputs(0)
+
+        def all_of_it() -> None:
+            contender.load(x, *topk)
+            contender.dispatch()
+            contender.load_expert_output(y)
+            contender.combine()
+            contender.finish()
+            self._session.place.synchronize()
+            if isinstance(contender, GraphContender):
+                contender.capture(x, *topk, y)
+
+        try:
+            agree(self._session.group, attempt(all_of_it))
+        except MeasurementError as error:
+            if name == "subject":
+                raise
+            self._session.give_up_baseline()
+            print(f"no baseline from here on: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def _iterate(self, iteration: int, contenders: Sequence[tuple[str, Contender]]) -> None:
-        """One iteration of each contender, on the same data; raises ValueError if a result is wrong."""
-        cell, routing, received = self._cell, self._routings[iteration], self._received[iteration]
-        x = self._workload.input(iteration, self._rank)
-        topk = routing.topk_idx[self._rank], routing.topk_weights[self._rank]
-        y = self._expert_rows(iteration)
+        """One iteration of each contender, on the same data; MeasurementError if a result is wrong."""
+        cell, received = self._cell, self._received[iteration]
+        x, topk, y = self._inputs(iteration)
         expected = self._expected(iteration) if cell.checked else None
         for name, contender in contenders:
             contender.load(x, *topk)
@@ -100,18 +136,35 @@ class CellRun:
             # The baseline is checked once. It adds in another order: a wrong row makes more of a difference than that.
             check = expected if name == "subject" or iteration == 0 else None
             if check is not None:
-                plain.require_delivered(cell, received, check[0], contender.delivered(), self._capacity)
+                self._check(partial(self._require_delivered, contender, received, check[0]))
             contender.load_expert_output(y)
             self._time(name, "combine", contender.combine)
             if check is not None:
-                plain.require_combined(contender.combined(), check[1], exact=name == "subject")
+                self._check(partial(self._require_combined, contender, check[1], name == "subject"))
             contender.finish()
 
-    def _expert_rows(self, iteration: int) -> torch.Tensor:
-        """Expert outputs for this rank's rows, in the shape of its layout; overwrites those of the iteration before."""
-        bases = (self._workload.expert_base(iteration, source) for source in range(self._cell.num_ranks))
+    def _require_delivered(
+        self, contender: Contender, received: plain.ReceivedRows, payloads: Sequence[Payload]
+    ) -> None:
+        plain.require_delivered(self._cell, received, payloads, contender.delivered(), self._capacity)
+
+    def _require_combined(self, contender: Contender, expected: torch.Tensor, exact: bool) -> None:
+        plain.require_combined(contender.combined(), expected, exact)
+
+    def _check(self, requirement: Callable[[], None]) -> None:
+        agree(self._session.group, attempt(requirement))
+
+    def _inputs(self, iteration: int) -> tuple[Payload, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """This rank's rows, their routing, and expert outputs, in the shape of the layout, for the rows it receives.
+
+        Expert outputs overwrite those of the iteration before.
+        """
+        cell, routing = self._cell, self._routings[iteration]
+        bases = (self._workload.expert_base(iteration, source) for source in range(cell.num_ranks))
         received = self._received[iteration]
-        return plain.write_expert_output(self._cell, received, bases, self._rank, self._y, self._capacity)
+        y = plain.write_expert_output(cell, received, bases, self._rank, self._y, self._capacity)
+        topk = routing.topk_idx[self._rank], routing.topk_weights[self._rank]
+        return self._workload.input(iteration, self._rank), topk, y
 
     def _expected(self, iteration: int) -> tuple[list[Payload], torch.Tensor]:
         """Payloads of all sources, and what combine gives this rank."""
@@ -124,6 +177,11 @@ class CellRun:
     def _time(
         self, name: str, op: str, operation: Callable[[], object], undo: Callable[[], None] | None = None
     ) -> None:
+        if self._session.stream_gate is not None:
+            waits = self._cell.host_sync and name == "subject" and op == "dispatch"
+            enqueue: Enqueue = "released" if waits else "held"
+            self._times[name, op].append(self._session.stream_gate.measure(lambda _: operation(), enqueue))
+            return
         for _ in range(_MAX_LATE_STARTS):
             microseconds = self._gate.measure(operation)
             if microseconds is not None:
@@ -137,30 +195,41 @@ class CellRun:
         return statistics.median(self._times[name, op][self._cell.num_warmup :])
 
     def _largest(self, value: int) -> int:
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        return int(tensor)
+        return int(largest(self._session.group, value)[0])
 
-    def _record(self, op: str, traffic: Sequence[Traffic], ceiling_gbs: float) -> Record:
+    def _record(self, op: str, traffic: Traffic, ceiling_gbs: float | None, ceiling_of: str | None) -> Record:
         cell, total_us = self._cell, self._median("subject", op)
-        wire = WireBytes(
-            nvlink=_mean(each.wire.nvlink for each in traffic),
-            network=_mean(each.wire.network for each in traffic),
-            shm=_mean(each.wire.shm for each in traffic),
-        )
-        link_us = wire.slowest / ceiling_gbs / 1e3
         return cell.record(
             op=op,
             output=cell.output if op == "dispatch" else "owned",  # combine returns ordinary tensors
+            num_gpus=self._session.place.num_gpus,
             total_us=round(total_us, 1),
-            wire_bytes=wire,
-            logical_bytes=_mean(each.logical_bytes for each in traffic),
-            ceiling_gbs=round(ceiling_gbs, 3),
-            link_time_ratio=round(total_us / link_us, 3) if link_us > 0 else None,
-            baseline=gloo.NAME if cell.baseline else None,
-            baseline_us=round(self._median("baseline", op), 1) if cell.baseline else None,
+            wire_bytes=traffic.wire,
+            logical_bytes=traffic.logical_bytes,
+            **ceiling_fields(total_us, traffic.wire, ceiling_gbs, ceiling_of),
+            baseline=self._session.baseline_name if self._has_baseline else None,
+            baseline_us=round(self._median("baseline", op), 1) if self._has_baseline else None,
         )
 
 
-def _mean(values: Iterable[int]) -> int:
-    return round(statistics.fmean(values))
+def make_buffer(session: Session, cell: Cell, num_expert_rows: int, capacity: int) -> Buffer:
+    """The Buffer that a cell asks for; MeasurementError on every rank where it cannot be made. Collective."""
+    made: list[Buffer] = []
+    construct = partial(
+        Buffer,
+        session.group,
+        hidden=cell.hidden,
+        num_experts=cell.num_experts,
+        num_topk=cell.num_topk,
+        num_max_tokens_per_rank=cell.num_tokens,
+        ranks_per_node=cell.ranks_per_node,
+        backend=cell.backend,
+        layout=cell.layout,
+        expert_capacity=capacity if cell.layout == "padded" else None,
+        max_recv_rows=num_expert_rows if cell.layout == "expert" else None,
+        timeout_s=session.timeout_s,
+        num_sms=cell.num_sms,
+        **session.place.buffer_options(cell.stream),
+    )
+    agree(session.group, attempt(lambda: made.append(construct())))
+    return made[0]

@@ -13,7 +13,7 @@ import torch
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.workload import Payload, Routing, expert_output
 
-_CHUNK_ROWS = 128
+_CACHED_ROWS, _MANY_ROWS = 128, 8192
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def require_rows(
     for first_token, part in _parts(source):
         expected = _as_words(part)
         here = ((tokens >= first_token) & (tokens < first_token + part.shape[0])).nonzero().flatten()
-        for chunk in torch.split(here, _CHUNK_ROWS):
+        for chunk in torch.split(here, chunk_rows(here.device)):
             differ = got[places[chunk]] != expected[tokens[chunk] - first_token]
             if differ.any():
                 wrong = chunk[differ.any(dim=1)][0]
@@ -108,7 +108,7 @@ def require_delivered(
         raise ValueError(f"scales are {'missing' if scales is None else 'there'}, contrary to dtype {cell.dtype}")
     if scales is not None:
         require_rows("dispatched scales", scales.flatten(0, -2), places, expected_scales, tokens)
-    in_order = torch.arange(received.tokens.shape[0])
+    in_order = torch.arange(received.tokens.shape[0], device=tokens.device)
     require_rows("expert ids", delivered.topk_idx.to(torch.int64), in_order, [received.topk_idx], in_order)
     require_rows("top-k weights", delivered.topk_weights, in_order, [received.topk_weights], in_order)
 
@@ -118,23 +118,23 @@ def require_combined(got: torch.Tensor, expected: torch.Tensor, exact: bool) -> 
     if got.shape != expected.shape:
         raise ValueError(f"combined rows have shape {tuple(got.shape)}; expected {tuple(expected.shape)}")
     if exact:
-        in_order = torch.arange(expected.shape[0])
+        in_order = torch.arange(expected.shape[0], device=expected.device)
         require_rows("combined rows", got, in_order, [expected], in_order)
     else:
-        for start in range(0, expected.shape[0], _CHUNK_ROWS):
-            chunk = slice(start, start + _CHUNK_ROWS)
+        for chunk in slices(expected.shape[0], expected.device):
             error = (got[chunk].float() - expected[chunk].float()).abs()
             if not (error <= 2**-4 + 2**-6 * expected[chunk].float().abs()).all():
                 raise ValueError(
-                    f"combined rows: one of rows {start} to {start + error.shape[0] - 1} is off by {error.max()}"
+                    f"combined rows: one of rows {chunk.start} to {chunk.start + error.shape[0] - 1} is off by "
+                    f"{error.max()}"
                 )
 
 
 def row_places(cell: Cell, received: ReceivedRows, capacity: int) -> torch.Tensor:
     """int64: where each row of the layout lies in the (flattened) result: in order, but padded by expert."""
     if cell.layout == "rank":
-        return torch.arange(received.tokens.shape[0])
-    places = torch.arange(received.experts.shape[0])
+        return torch.arange(received.tokens.shape[0], device=received.tokens.device)
+    places = torch.arange(received.experts.shape[0], device=received.experts.device)
     if cell.layout == "expert":
         return places
     first = received.rows_per_expert.cumsum(0) - received.rows_per_expert
@@ -154,7 +154,7 @@ def write_expert_output(
     places = row_places(cell, received, capacity)
     for first_token, base in _parts(bases):
         here = ((tokens >= first_token) & (tokens < first_token + base.shape[0])).nonzero().flatten()
-        for chunk in torch.split(here, _CHUNK_ROWS):
+        for chunk in torch.split(here, chunk_rows(here.device)):
             y[places[chunk]] = expert_output(base[tokens[chunk] - first_token], who[chunk])
     if cell.layout == "padded":
         return y[: cell.num_local_experts * capacity].view(cell.num_local_experts, capacity, cell.hidden)
@@ -171,7 +171,7 @@ def combined(
     multiply-add gives but for a double rounding in about one of 2^29 cases.
     """
     dest = topk_idx.div(cell.num_local_experts, rounding_mode="floor")
-    chunks = (slice(start, start + _CHUNK_ROWS) for start in range(0, base.shape[0], _CHUNK_ROWS))
+    chunks = slices(base.shape[0], base.device)
     own_node = rank // cell.ranks_per_node
     sums = [_add_nodes(cell, dest[c], topk_idx[c], topk_weights[c], base[c], own_node) for c in chunks]
     return torch.cat(sums).bfloat16()
@@ -181,7 +181,7 @@ def _add_nodes(
     cell: Cell, dest: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, own_node: int
 ) -> torch.Tensor:
     """float32 [tokens, hidden]; dest is the rank of each slot's expert."""
-    total = torch.zeros(base.shape)
+    total = torch.zeros(base.shape, device=base.device)
     for node in range(cell.num_nodes):
         node_sum = torch.zeros_like(total)
         for rank in range(node * cell.ranks_per_node, (node + 1) * cell.ranks_per_node):
@@ -197,12 +197,23 @@ def _add_nodes(
 
 def _weighted(base: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over slots of weight times expert output; experts: [n, num_topk] or -1. Returns bf16 [n, hidden]."""
-    acc = torch.zeros(base.shape)
+    acc = torch.zeros(base.shape, device=base.device)
     for slot in range(experts.shape[1]):
         rows = (experts[:, slot] >= 0).nonzero().flatten()
         term = expert_output(base[rows], experts[rows, slot]).double() * weights[rows, slot].double().unsqueeze(1)
         acc[rows] = (term + acc[rows].double()).float()
     return acc.bfloat16()
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Rows to take at a time: on a CPU what stays in its cache, on a GPU what is worth a kernel."""
+    return _CACHED_ROWS if device.type == "cpu" else _MANY_ROWS
+
+
+def slices(num_rows: int, device: torch.device) -> Iterator[slice]:
+    """All rows in chunks."""
+    step = chunk_rows(device)
+    return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
 def _parts(source: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """One measurement (`Record`) and the file that keeps measurements (`ResultFile`).
 
-The same schema serves every backend: what a backend does not have (SMs, kernel time, graphs) is None.
+The same schema serves every backend: what a backend does not have (SMs, GPUs, kernel time) is None.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Op = Literal["dispatch", "combine", "overlap"]
-Backend = Literal["cpu", "cuda"]
+Backend = Literal["cpu", "cuda", "emulated"]
 Dtype = Literal["bf16", "fp8", "fp8_cast"]
 Layout = Literal["rank", "expert", "padded"]
 Output = Literal["leased", "owned"]
 Input = Literal["lent", "copied"]
+StreamName = Literal["own", "current"]
 ScaleFormat = Literal["float32", "ue8m0"]
 
 LINK_CLASSES = ("nvlink", "network", "shm")
-_OVERLAP_FIELDS = ("gemm_alone_us", "gemm_beside_us", "comm_alone_us", "both_us")
+_OVERLAP_TIMES = ("gemm_alone_us", "gemm_beside_us", "comm_alone_us", "both_us")
+_OVERLAP_FIELDS = (*_OVERLAP_TIMES, "gemm")
 _CHOICES = {"op": Op, "backend": Backend, "dtype": Dtype, "layout": Layout, "output": Output, "input": Input}
 _COUNT_FIELDS = ("num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts")
-_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", *_OVERLAP_FIELDS)
+_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", *_OVERLAP_TIMES)
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,17 @@ class Record:
     Times are in microseconds: of the slowest rank, median over `num_iters` iterations. `total_us` counts from the
     common release of all ranks until the outputs may be read; `kernel_us` is the main kernel alone (cuda).
     `wire_bytes` and `logical_bytes` are of the busiest rank; logical bytes are received rows, own rows included.
-    `ceiling_gbs` is what the link carries per rank (1e9 bytes a second), measured in the same run;
+    `ceiling_gbs` is what the link carries per rank (1e9 bytes a second), measured in the same run as `ceiling_of` says;
     `link_time_ratio` is `total_us` over the time that the busiest link class needs at the ceiling. `baseline_us` is
     the same work done by `baseline` in the same run. `checked` is True only if the results of every counted iteration
     were compared with a plain computation. `topk_groups` is None without node-limited routing, `scale_format` None
-    for BF16 payloads. Fields of records with `op="overlap"`: communication beside a matrix product.
+    for BF16 payloads. `stream` is where the kernels run: on one of the Buffer or on the caller's. `num_sms` is None
+    for the backend's default. With fewer `num_gpus` than `num_ranks` ranks share GPUs, and part of what counts as wire
+    bytes never leaves its GPU.
+
+    Records with `op="overlap"` have communication (a dispatch and a combine) beside matrix products, as `gemm` says:
+    the products alone and beside communication, communication alone, and both together, which is `total_us` as well.
+    Their `link_time_ratio` is that of communication alone.
     """
 
     op: Op
@@ -92,8 +100,11 @@ class Record:
     num_iters: int
     topk_groups: int | None = None
     num_sms: int | None = None
+    num_gpus: int | None = None
+    stream: StreamName | None = None
     kernel_us: float | None = None
     ceiling_gbs: float | None = None
+    ceiling_of: str | None = None
     link_time_ratio: float | None = None
     baseline: str | None = None
     baseline_us: float | None = None
@@ -103,6 +114,7 @@ class Record:
     gemm_beside_us: float | None = None
     comm_alone_us: float | None = None
     both_us: float | None = None
+    gemm: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -110,6 +122,8 @@ class Record:
         scale_formats = (None,) if self.dtype == "bf16" else get_args(ScaleFormat)
         if self.scale_format not in scale_formats:
             raise ValueError(f"scale_format is {self.scale_format!r} with dtype {self.dtype}; expected {scale_formats}")
+        if self.stream is not None:
+            require_choice("stream", self.stream, get_args(StreamName))
         for name in _COUNT_FIELDS:
             _require_count(name, getattr(self, name), least=0 if name == "num_tokens" else 1)
         _require_count("num_iters", self.num_iters, least=1)
@@ -140,6 +154,35 @@ class Record:
     def logical_gbs(self) -> float:
         """Logical bytes over total time, in 1e9 bytes a second."""
         return self.logical_bytes / self.total_us / 1e3
+
+    @property
+    def wire_gbs(self) -> float:
+        """Bytes of the busiest link class over total time, in 1e9 bytes a second."""
+        return self.wire_bytes.slowest / self.total_us / 1e3
+
+    @property
+    def link_efficiency(self) -> float | None:
+        """Share of the measured ceiling that the busiest link class reaches."""
+        return None if self.ceiling_gbs is None else self.wire_gbs / self.ceiling_gbs
+
+    @property
+    def gbs_per_sm(self) -> float | None:
+        """What one SM moves, rows that stay on their GPU included, in 1e9 bytes a second."""
+        return None if self.num_sms is None else self.logical_gbs / self.num_sms
+
+    @property
+    def share_hidden(self) -> float | None:
+        """Of communication time, the part that does not show beside the products; their slowdown counts against it."""
+        if self.gemm_alone_us is None or self.comm_alone_us is None or self.both_us is None:
+            return None
+        return (self.gemm_alone_us + self.comm_alone_us - self.both_us) / self.comm_alone_us
+
+    @property
+    def gemm_slowdown(self) -> float | None:
+        """By how much longer the products take beside communication: 0.06 is 6 %."""
+        if self.gemm_alone_us is None or self.gemm_beside_us is None:
+            return None
+        return self.gemm_beside_us / self.gemm_alone_us - 1
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values; overlap fields appear in overlap records only."""

@@ -1,57 +1,91 @@
-"""Records as a table for people."""
+"""Records as tables for people: of operations, and of communication beside computation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deep_a2a.benchmark.record import LINK_CLASSES, Record
 
-_COLUMNS = (
-    "op", "dtype", "layout", "topology", "routing", "mode", "wire bytes", "logical", "total us", "baseline us",
-    "speed-up", "GB/s", "link ratio", "checked",
-)  # fmt: skip
-_NUM_TEXT_COLUMNS = 7
-
 LEGEND = """\
-topology               nodes x ranks of a node
+ranks                  nodes x ranks of a node
 wire bytes             rows that leave or enter the busiest rank, by link class (network: between nodes)
 logical, GB/s          rows that the busiest rank receives, its own included; GB/s = logical / total us
 total us, baseline us  of the slowest rank, median; baseline: all_to_all_single; speed-up = baseline us / total us
 link ratio             total us / the time that the busiest link class takes at the speed measured beside it
+of link                wire bytes of the busiest link class / total us, as a share of that speed
+hidden                 of communication's time, what does not show beside the products: gemm alone + comm alone - both
 More in bench/README.md."""
+
+_Column = tuple[str, Callable[[Record], str]]
+_WHAT: tuple[_Column, ...] = (
+    ("op", lambda r: r.op),
+    ("dtype", lambda r: r.dtype),
+    ("layout", lambda r: r.layout),
+    ("ranks", lambda r: f"{r.num_ranks // r.ranks_per_node}x{r.ranks_per_node}"),
+    ("routing", lambda r: r.routing),
+    ("mode", lambda r: _mode(r)),
+)
+_SIZE: tuple[_Column, ...] = (
+    ("tokens", lambda r: str(r.num_tokens)),
+    ("SMs", lambda r: _number(r.num_sms, "d")),
+)
+_OPERATION: tuple[_Column, ...] = (
+    ("total us", lambda r: f"{r.total_us:.0f}" if r.total_us >= 1000 else f"{r.total_us:.1f}"),
+    ("baseline us", lambda r: _number(r.baseline_us, ".0f")),
+    ("speed-up", lambda r: _number(r.speedup, ".2f")),
+    ("logical", lambda r: _bytes(r.logical_bytes)),
+    ("GB/s", lambda r: f"{r.logical_gbs:.2f}"),
+    ("per SM", lambda r: _number(r.gbs_per_sm, ".2f")),
+    ("link ratio", lambda r: _number(r.link_time_ratio, ".2f")),
+    ("of link", lambda r: _number(r.link_efficiency, ".0%")),
+    ("checked", lambda r: "yes" if r.checked else "no"),
+)
+_OVERLAP: tuple[_Column, ...] = (
+    ("gemm alone us", lambda r: _number(r.gemm_alone_us, ".0f")),
+    ("gemm beside us", lambda r: _number(r.gemm_beside_us, ".0f")),
+    ("comm alone us", lambda r: _number(r.comm_alone_us, ".0f")),
+    ("both us", lambda r: _number(r.both_us, ".0f")),
+    ("hidden", lambda r: _number(r.share_hidden, ".1%")),
+    ("gemm slower by", lambda r: _number(r.gemm_slowdown, ".1%")),
+    ("checked", lambda r: "yes" if r.checked else "no"),
+)
 
 
 def format_table(records: Sequence[Record]) -> str:
-    """One line a record. Bytes are those of the busiest rank; GB/s are logical bytes over total time."""
-    rows = [_COLUMNS, *(_cells(record) for record in records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    """One line a record; those of op "overlap" in a table of their own."""
+    operations = [record for record in records if record.op != "overlap"]
+    overlaps = [record for record in records if record.op == "overlap"]
+    tables = []
+    if operations:
+        tables.append(_format(operations, (*_WHAT, ("wire bytes", _wire)), (*_SIZE, *_OPERATION)))
+    if overlaps:
+        tables.append(_format(overlaps, (*_WHAT, ("products", lambda r: r.gemm or "")), (*_SIZE, *_OVERLAP)))
+    return "\n\n".join(tables)
+
+
+def _format(records: Sequence[Record], left: Sequence[_Column], right: Sequence[_Column]) -> str:
+    columns = (*left, *right)
+    rows = [tuple(name for name, _ in columns), *(tuple(value(record) for _, value in columns) for record in records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("  ".join(map(_align, row, widths, range(len(row)))).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        texts = [text.ljust(width) for text, width in zip(row[: len(left)], widths, strict=False)]
+        numbers = [text.rjust(width) for text, width in zip(row[len(left) :], widths[len(left) :], strict=True)]
+        lines.append("  ".join([*texts, *numbers]).rstrip())
+    return "\n".join(lines)
 
 
-def _cells(record: Record) -> tuple[str, ...]:
-    mode = ("cached" if record.cached else "counted", record.output, record.input)
-    wire = [(name, getattr(record.wire_bytes, name)) for name in LINK_CLASSES]
-    return (
-        record.op,
-        record.dtype,
-        record.layout,
-        f"{record.num_ranks // record.ranks_per_node}x{record.ranks_per_node}",
-        record.routing,
-        " ".join(mode),
-        ", ".join(f"{name} {_bytes(count)}" for name, count in wire if count) or "none",
-        _bytes(record.logical_bytes),
-        f"{record.total_us:.0f}",
-        _number(record.baseline_us, ".0f"),
-        _number(record.speedup, ".2f"),
-        f"{record.logical_gbs:.2f}",
-        _number(record.link_time_ratio, ".2f"),
-        "yes" if record.checked else "no",
-    )
+def _mode(record: Record) -> str:
+    parts = ["cached" if record.cached else "counted", record.output, record.input]
+    parts += ["graph"] if record.graph else []
+    parts += ["host sync"] if record.host_sync else []
+    return " ".join(parts)
 
 
-def _align(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column < _NUM_TEXT_COLUMNS else text.rjust(width)
+def _wire(record: Record) -> str:
+    counts = [(name, getattr(record.wire_bytes, name)) for name in LINK_CLASSES]
+    return ", ".join(f"{name} {_bytes(count)}" for name, count in counts if count) or "none"
 
 
 def _bytes(count: int) -> str:

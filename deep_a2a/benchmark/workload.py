@@ -31,28 +31,33 @@ class Routing:
 
 
 class Workload:
-    """Deterministic in (cell.seed, iteration, source); with `cell.cached` the routing is that of iteration 0."""
+    """Deterministic in (cell.seed, iteration, source); with `cell.cached` the routing is that of iteration 0.
 
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
+    Rows are drawn on `device`, and differ from device to device; routing is drawn on the CPU.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device | None = None) -> None:
+        self.cell, self.device = cell, device or torch.device("cpu")
         self._groups = None if cell.topk_groups is None else groups_for_nodes(cell.num_nodes, cell.num_experts)
 
     def routing(self, iteration: int) -> Routing:
-        cell = self.cell
-        pairs = [
-            synthetic(
-                cell.routing,
-                cell.num_tokens,
-                cell.num_experts,
-                cell.num_topk,
-                cell.num_ranks,
-                seed=self._generator(_STREAM_ROUTING, 0 if cell.cached else iteration, source),
-                num_groups=self._groups,
-                topk_groups=cell.topk_groups,
-            )
-            for source in range(cell.num_ranks)
-        ]
+        pairs = [self.routing_of(iteration, source) for source in range(self.cell.num_ranks)]
         return Routing([idx for idx, _ in pairs], [weights for _, weights in pairs])
+
+    def routing_of(self, iteration: int, source: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """topk_idx and topk_weights of one source, on the CPU."""
+        cell = self.cell
+        place = self._place(_STREAM_ROUTING, 0 if cell.cached else iteration, source)
+        return synthetic(
+            cell.routing,
+            cell.num_tokens,
+            cell.num_experts,
+            cell.num_topk,
+            cell.num_ranks,
+            seed=torch.Generator().manual_seed(place),
+            num_groups=self._groups,
+            topk_groups=cell.topk_groups,
+        )
 
     def input(self, iteration: int, source: int) -> Payload:
         """What the source passes to dispatch: BF16 rows (to be cast, if dtype is fp8_cast), or E4M3 rows and scales."""
@@ -62,9 +67,9 @@ class Workload:
         rows = _random_bits(cell.num_tokens * cell.hidden, generator).bitwise_and_(_FP8_KEEP_BITS)
         shape = (cell.num_tokens, num_scale_groups(cell.hidden))
         if cell.scale_format == "float32":
-            scales = torch.rand(shape, generator=generator).add_(0.5)
+            scales = torch.rand(shape, generator=generator, device=self.device).add_(0.5)
         else:
-            scales = torch.randint(120, 134, shape, dtype=torch.uint8, generator=generator)
+            scales = torch.randint(120, 134, shape, dtype=torch.uint8, generator=generator, device=self.device)
         return rows.view(torch.float8_e4m3fn).view(cell.num_tokens, cell.hidden), scales
 
     def delivered(self, iteration: int, source: int) -> Payload:
@@ -77,8 +82,10 @@ class Workload:
         return random_bf16(self.cell.num_tokens, self.cell.hidden, self._generator(_STREAM_EXPERTS, iteration, source))
 
     def _generator(self, stream: int, iteration: int, source: int) -> torch.Generator:
-        place = ((self.cell.seed * 3 + stream) * 1_000_003 + iteration) * self.cell.num_ranks + source
-        return torch.Generator().manual_seed(place)
+        return torch.Generator(self.device).manual_seed(self._place(stream, iteration, source))
+
+    def _place(self, stream: int, iteration: int, source: int) -> int:
+        return ((self.cell.seed * 3 + stream) * 1_000_003 + iteration) * self.cell.num_ranks + source
 
 
 def random_bf16(num_rows: int, hidden: int, generator: torch.Generator) -> torch.Tensor:
@@ -93,11 +100,13 @@ def expert_output(base: torch.Tensor, who: torch.Tensor | int) -> torch.Tensor:
     base: bf16 [rows, hidden]; who: an id, or ids [rows]. Returns bf16 [rows, hidden], magnitudes 2^-7 to 2. A bijection
     of each row, so that a row from a wrong place does not pass for the right one.
     """
-    mask = (torch.as_tensor(who, dtype=torch.int64) * 40503 % 65536 & 0x83FF).to(torch.int32)
+    ids = torch.as_tensor(who, dtype=torch.int64, device=base.device)
+    mask = (ids * 40503 % 65536 & 0x83FF).to(torch.int32)
     mask = torch.where(mask >= 0x8000, mask - 0x10000, mask).to(torch.int16)
     return base.view(torch.int16).bitwise_xor(mask.unsqueeze(-1)).view(torch.bfloat16)
 
 
 def _random_bits(num_bytes: int, generator: torch.Generator) -> torch.Tensor:
     """int64 [num_bytes / 8] of random bits."""
-    return torch.empty(num_bytes // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = torch.empty(num_bytes // 8, dtype=torch.int64, device=generator.device)
+    return bits.random_(-(2**63), None, generator=generator)

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace deep_a2a::cpu {
+namespace deep_a2a {
 
 struct CommError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -31,4 +31,4 @@ struct MismatchError : CommError {  // ranks were called with different settings
   const char* name() const override { return "MismatchError"; }
 };
 
-}  // namespace deep_a2a::cpu
+}  // namespace deep_a2a

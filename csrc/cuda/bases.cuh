@@ -1,0 +1,185 @@
+// D3 bases: from the counts of all ranks, where this source's rows start everywhere on the node, and whether the
+// dispatch may go ahead at all. Every block works this out for itself.
+#pragma once
+
+#include "cuda/count.cuh"
+
+namespace deep_a2a::cuda {
+
+// The counters of D3 in the arena. `expert_bases` stays until the rows have been sent.
+struct BasesArena {
+  int32_t* expert_bases;  // [experts], where this source's rows start in the expert's group, then in its rank's rows
+  int32_t* expert_rows;   // [experts], of all sources
+  int32_t* rank_rows;     // [ranks], rank rows that each rank receives
+  int32_t* group_rows;    // [ranks], rows of `x` that each rank receives
+  int32_t* own_offsets;   // [local experts], where their groups start at this rank
+
+  __device__ BasesArena(const Context& c, const DispatchPlan& plan) {
+    expert_bases = reinterpret_cast<int32_t*>(c.arena);
+    expert_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
+    rank_rows = expert_rows + c.shape.num_experts;
+    group_rows = rank_rows + c.num_ranks();
+    own_offsets = group_rows + c.num_ranks();
+  }
+};
+
+__device__ inline CountVector counts_of(const Context& c, int source) { return c.counts_at(c.local_rank(), source); }
+
+// All threads; false where the kernel has to be left.
+__device__ inline bool d3_wait_counts(const Context& c) {
+  bool ok = true;
+  for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
+    ok = ok && wait(c, c.own_word(Region::kCountsFlag, source), c.epoch, Step::kD3Bases, source);
+  }
+  return all_of_block(ok);
+}
+
+// Sums over the sources.
+__device__ inline void sum_counts(const Context& c, const BasesArena& arena) {
+  const int ranks = c.num_ranks();
+  for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
+    int32_t before = 0, all = 0;
+#pragma unroll 4
+    for (int source = 0; source < ranks; ++source) {
+      const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).expert_rows + expert);
+      before += source < c.team.rank ? rows : 0;
+      all += rows;
+    }
+    arena.expert_rows[expert] = all;
+    if (c.shape.row_per_expert()) arena.expert_bases[expert] = before;
+  }
+  for (int rank = threadIdx.x; rank < ranks; rank += blockDim.x) {
+    int32_t before = 0, all = 0;
+#pragma unroll 4
+    for (int source = 0; source < ranks; ++source) {
+      const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + rank);
+      before += source < c.team.rank ? rows : 0;
+      all += rows;
+    }
+    arena.rank_rows[rank] = all;
+    const int local = rank - c.neighbour(0);
+    if (local >= 0 && local < c.num_locals()) c.shared.rank_bases[local] = before;
+  }
+}
+
+// As Shape::group_rows, by 32-bit division.
+__device__ inline int group_rows(const Shape& s, int32_t tokens) {
+  if (s.layout == Layout::kPadded) return static_cast<int>(s.expert_capacity);
+  const auto unit = static_cast<uint32_t>(s.expert_alignment);
+  return static_cast<int>((static_cast<uint32_t>(tokens) + unit - 1) / unit * unit);
+}
+
+// Where each expert's group starts at its rank, added to the bases; a warp for each rank.
+__device__ inline void start_groups(const Context& c, const BasesArena& arena) {
+  const int experts = c.sizes.num_local_experts;
+  for (int rank = warp_idx(); rank < c.num_ranks(); rank += num_warps()) {
+    int64_t start = 0;
+    for (int first = 0; first < experts; first += kWarpThreads) {
+      const int local = first + lane_idx(), expert = rank * experts + local;
+      const int rows = local < experts ? group_rows(c.shape, arena.expert_rows[expert]) : 0;
+      int inclusive = rows;
+      for (int step = 1; step < kWarpThreads; step *= 2) {
+        const int below = __shfl_up_sync(kFullWarp, inclusive, step);
+        if (lane_idx() >= step) inclusive += below;
+      }
+      if (local < experts && c.shape.row_per_expert()) {
+        const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
+        arena.expert_bases[expert] += offset;
+        if (rank == c.team.rank) arena.own_offsets[local] = offset;
+      }
+      start += __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
+    }
+    if (lane_idx() == 0) arena.group_rows[rank] = static_cast<int32_t>(start < INT32_MAX ? start : INT32_MAX);
+  }
+}
+
+// What deep_a2a::agree decides on the host: the same answer from the same counts.
+__device__ inline bool finds_objection(const Context& c, const BasesArena& arena) {
+  const CountHeader& first = *counts_of(c, 0).header;
+  bool objection = false;
+  for (int rank = threadIdx.x; rank < c.num_ranks(); rank += blockDim.x) {
+    const CountHeader& header = *counts_of(c, rank).header;
+    objection = objection || header.tag != first.tag || header.payload_bytes != first.payload_bytes ||
+                header.scale_bytes != first.scale_bytes || header.bad_token >= 0;
+    if (c.shape.layout == Layout::kPadded) continue;
+    const int rows =
+        c.shape.row_per_expert() ? max(arena.group_rows[rank], arena.rank_rows[rank]) : arena.rank_rows[rank];
+    objection = objection || rows > c.sizes.slot_rows;
+  }
+  for (int expert = threadIdx.x; c.shape.layout == Layout::kPadded && expert < c.shape.num_experts;
+       expert += blockDim.x) {
+    objection = objection || arena.expert_rows[expert] > c.shape.expert_capacity;
+  }
+  return objection;
+}
+
+// What this rank will receive, into `block` of ReceivedCounts; all threads of one block.
+__device__ inline void write_counts(const Context& c, const BasesArena& arena, int32_t* block) {
+  const ReceivedCounts to = ReceivedCounts::at(c.shape, block);
+  const int experts = c.sizes.num_local_experts, first = c.sizes.first_expert;
+  for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
+    to.expert_load[expert] = arena.expert_rows[expert];
+  }
+  for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) {
+    to.rows_per_expert[expert] = arena.expert_rows[first + expert];
+    if (c.shape.row_per_expert()) to.expert_offsets[expert] = arena.own_offsets[expert];
+  }
+  for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
+    to.rows_per_rank[source] = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + c.team.rank);
+  }
+  if (threadIdx.x != 0) return;
+  if (c.shape.row_per_expert()) to.expert_offsets[experts] = arena.group_rows[c.team.rank];
+  to.num_received[0] = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : arena.rank_rows[c.team.rank];
+  to.num_received[1] = arena.rank_rows[c.team.rank];
+}
+
+// A host that waits for the sizes goes on from here.
+__device__ inline void report_counts(const Context& c, uint64_t ticket, int32_t num_rows, int32_t num_rank_rows) {
+  CountReport& report = c.team.mailbox->counts[c.lane];
+  report.num_rows = num_rows;
+  report.num_rank_rows = num_rank_rows;
+  ptx::st_release_sys(&report.ticket, ticket);
+}
+
+// The count vectors, for the host to say why; the first refusal stays until the host has read it.
+__device__ inline void report_refusal(const Context& c) {
+  if (ptx::ld_relaxed_sys(&c.team.mailbox->refusal_set) != 0) return;
+  const auto* from = reinterpret_cast<const int32_t*>(c.own(Region::kCounts, c.lane));
+  auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts);
+  const int64_t words = c.num_ranks() * c.sizes.counts_bytes / 4;
+  for (int64_t i = threadIdx.x; i < words; i += blockDim.x) to[i] = ptx::ld_relaxed_sys(from + i);
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::st_release_sys(&c.team.mailbox->refusal_set, c.epoch);
+}
+
+// All of D3 after the wait. Sets shared.refused.
+__device__ inline void d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena) {
+  sum_counts(c, arena);
+  __syncthreads();
+  if (c.shape.row_per_expert()) {
+    start_groups(c, arena);
+    __syncthreads();
+  }
+  const bool refused = __syncthreads_or(finds_objection(c, arena)) != 0;
+  if (threadIdx.x == 0) {
+    c.shared.refused = refused;
+    c.shared.num_rows = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : arena.rank_rows[c.team.rank];
+  }
+  __syncthreads();
+  if (blockIdx.x != 0) return;
+  if (refused) {
+    report_refusal(c);
+  } else {
+    write_counts(c, arena, t.kept.counts);
+    write_counts(c, arena, t.result.counts);
+    const int local = static_cast<int>(threadIdx.x);
+    if (local < c.num_locals()) {
+      t.source.rank_bases[local] = c.shared.rank_bases[local];
+      t.source.rank_rows[local] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).rank_rows + c.neighbour(local));
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) report_counts(c, t.ticket, c.shared.num_rows, arena.rank_rows[c.team.rank]);
+}
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,174 @@
+// The kernel of dispatch: who does which step, and what is waited for in between. docs/protocol.md has the steps.
+#include "cuda/bases.cuh"
+#include "cuda/course.cuh"
+#include "cuda/kernels.cuh"
+#include "cuda/pull.cuh"
+
+namespace deep_a2a::cuda {
+namespace {
+
+// D0, slot: whether each receiver of the node has released its last use of it.
+struct SlotCredit {
+  const uint64_t* word;
+  uint64_t uses;
+
+  __device__ SlotCredit(const Context& c, const DispatchTask& t, int local)
+      : word(c.word(c.local_rank(), Region::kSlotCredit, 0, int64_t{t.args.slot} * c.num_locals() + local)),
+        uses(ptx::ld_relaxed_sys(&c.team.control->slots[t.args.slot].uses)) {}
+};
+
+// A first look, while others wait for something else. It has a meaning only after D3, when all agree on the slot.
+__device__ void d0_look_at_slot(const Context& c, const DispatchTask& t) {
+  const int local = static_cast<int>(threadIdx.x) - kWarpThreads;
+  if (local < 0 || local >= c.num_locals()) return;
+  const SlotCredit credit(c, t, local);
+  if (ptx::ld_acquire_sys(credit.word) < credit.uses) c.shared.slot_taken = 1;
+}
+
+// Before the first store into the slot.
+__device__ bool d0_slot_credit(const Context& c, const DispatchTask& t) {
+  if (!c.shared.slot_taken) return true;
+  const int local = static_cast<int>(threadIdx.x);
+  bool ok = true;
+  if (local < c.num_locals()) {
+    const SlotCredit credit(c, t, local);
+    ok = wait(c, credit.word, credit.uses, Step::kD0SlotCredit, c.neighbour(local));
+  }
+  return all_of_block(ok);
+}
+
+// D1 to D3; shared.refused where all ranks refuse the dispatch. False where the kernel has to be left.
+__device__ bool plan_rows(const Context& c, const DispatchTask& t) {
+  const CountArena arena(c, t.plan);
+  const bool meets = t.plan.counting == Counting::kShared && threadIdx.x == 0;
+  d0_look_at_slot(c, t);
+  bool ok = wait_lane_credit(c, Step::kD0Credit);
+  d1_count_block(c, t, arena);
+  ok = ok && (!meets || grid_wait(c, c.control.grid.counted));
+  if (!all_of_block(ok)) return false;
+  d2_exchange(c, t, arena);
+  d1_place(c, t, arena);
+  if (!d3_wait_counts(c)) return false;
+  d3_bases(c, t, BasesArena(c, t.plan));
+  ptx::fence_proxy_async();  // the arena has been written by ordinary stores, now it is by bulk loads
+  return all_of_block(!meets || grid_wait(c, c.control.grid.placed));
+}
+
+// A cached dispatch has nothing to count: the numbers go from the handle to the result.
+__device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
+  d0_look_at_slot(c, t);
+  if (!all_of_block(wait_lane_credit(c, Step::kD0Credit))) return false;
+  if (blockIdx.x == 0) {
+    for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) {
+      t.result.counts[i] = t.kept.counts[i];
+    }
+    const int32_t* rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received;
+    if (threadIdx.x == 0) report_counts(c, t.ticket, rows[0], rows[1]);
+  }
+  return true;
+}
+
+__device__ Course send_half(const Context& c, const DispatchTask& t) {
+  if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
+  if (c.shared.refused) return Course::kRefused;
+  if (!d0_slot_credit(c, t)) return Course::kAborted;
+  if (!c.shape.row_per_expert()) {
+    Pusher(c, t).run();
+  } else {
+    d4_prepare_input(c, t);
+    if (!t.cached) d4_send_records(c, t, BasesArena(c, t.plan).expert_bases);
+  }
+  if (last_block(c, c.control.grid.sent)) {
+    signal_node(c, Region::kSentFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
+  }
+  return Course::kGoOn;
+}
+
+// D6: everything that was promised has come, or can be pulled.
+__device__ bool d6_wait_sent(const Context& c) {
+  const int local = static_cast<int>(threadIdx.x);
+  return all_of_block(local < c.num_locals()
+                          ? wait_tagged(c, c.own_word(Region::kSentFlag, local), Step::kD6Sent, c.neighbour(local))
+                          : not_aborted(c));
+}
+
+// Rows that were pulled: the sources may overwrite theirs when all ranks of the node have read them.
+__device__ bool d6_wait_read(const Context& c) {
+  signal_node(c, Region::kReadFlag, c.local_rank(), c.epoch);
+  const int local = static_cast<int>(threadIdx.x);
+  return all_of_block(local >= c.num_locals() ||
+                      wait(c, c.own_word(Region::kReadFlag, local), c.epoch, Step::kD6Read, c.neighbour(local)));
+}
+
+__device__ Course receive_half(const Context& c, const DispatchTask& t) {
+  if (!d6_wait_sent(c)) return Course::kAborted;
+  if (c.shape.row_per_expert()) {
+    ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
+    __syncthreads();
+    Puller(c, t).run();
+    if (t.args.zero_padding) d6_zero_padding(c, t);
+  }
+  d6_keep_routing(c, t);
+  return Course::kGoOn;
+}
+
+// What one rank row of this source takes on its way to another GPU.
+__device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
+  return t.args.format.payload_bytes + t.args.format.scale_pitch() + (t.cached ? 0 : c.sizes.record_bytes);
+}
+
+// By the last block, after all others have done their part. A dispatch that is refused has used its slot like any
+// other: the host releases it.
+__device__ Course close(const Context& c, const DispatchTask& t, Course course) {
+  if (t.half != Half::kReceive && threadIdx.x == 0) {
+    ++c.team.control->slots[t.args.slot].uses;
+    if (course == Course::kRefused) {
+      c.control.refused_epoch = c.epoch;
+    } else {
+      count_wire_bytes(c, t.source, row_wire_bytes(c, t));
+    }
+  }
+  if (course == Course::kGoOn) {
+    if (t.half == Half::kSend) return course;
+    if (c.shape.row_per_expert() && !d6_wait_read(c)) return Course::kAborted;
+  }
+  give_lane_credit(c);
+  return course;
+}
+
+// Of a dispatch that brought nothing: counts zero, and no expert in any slot.
+__device__ void clear_result(const Context& c, const DispatchTask& t) {
+  const auto clear = [&](const ReceivedArrays& arrays) {
+    for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) arrays.counts[i] = 0;
+    if (arrays.routing == nullptr) return;
+    const ReceivedRouting routing = ReceivedRouting::at(c.shape, arrays.capacity, arrays.routing);
+    for (int64_t i = threadIdx.x; i < arrays.capacity * c.shape.num_topk; i += blockDim.x) write_route(routing, i, {});
+  };
+  if (!t.cached) clear(t.kept);
+  clear(t.result);
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    dispatch_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
+  const Context c(team, t.lane, t.half, Tag::dispatch(t.args.slot, t.args.format.code, t.cached));
+  begin(c, t.half);
+  Course course = Course::kGoOn;
+  if (t.half != Half::kReceive) {
+    course = send_half(c, t);
+  } else if (ptx::ld_relaxed_sys(&c.control.refused_epoch) == c.epoch) {
+    return;  // its send half has settled everything
+  }
+  if (course == Course::kGoOn && t.half != Half::kSend) course = receive_half(c, t);
+  if (course != Course::kAborted && last_block(c, c.control.grid.left)) {
+    course = close(c, t, course);
+    end(c);
+    if (course == Course::kRefused) clear_result(c, t);
+  }
+  if (course == Course::kAborted) clear_result(c, t);
+}
+
+__global__ void release_kernel(const __grid_constant__ Team team, int slot) { release_slot(team, slot); }
+
+}  // namespace deep_a2a::cuda

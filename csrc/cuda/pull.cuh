@@ -1,0 +1,141 @@
+// D6 pull, layouts kExpert and kPadded: the receiver loads each row once from its source's window and stores it to the
+// rows of all its experts here, so that the link carries it once.
+#pragma once
+
+#include "cuda/push.cuh"
+#include "cuda/routing.cuh"
+
+namespace deep_a2a::cuda {
+
+// Before it is pulled, input lies in the source's window: rows in `input_rows`, or in `cast_rows` when cast by the
+// source, scales in `input_scales` at whole 16 bytes.
+__device__ inline Region pulled_region(const DispatchTask& t) {
+  return t.args.cast == Cast::kNone ? Region::kInputRows : Region::kCastRows;
+}
+
+// D4: what the source has to prepare in its own window; a warp for each row.
+__device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t) {
+  char* rows = c.own(Region::kCastRows, c.lane);
+  char* scales = c.own(Region::kInputScales, c.lane);
+  const int pitch = t.args.format.scale_pitch();
+  for (int token = grid_warp_idx(); token < t.args.num_tokens; token += num_warps() * static_cast<int>(gridDim.x)) {
+    if (t.args.cast != Cast::kNone) {
+      const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
+      cast_row(from, rows + int64_t{token} * c.shape.hidden, scales + int64_t{token} * pitch, c.shape.hidden,
+               t.args.cast, t.args.scale_format);
+    } else if (t.args.scales != nullptr) {
+      const auto* from = static_cast<const char*>(t.args.scales) + token * t.args.scales_pitch;
+      copy_bytes(scales + int64_t{token} * pitch, from, t.args.format.scale_bytes);
+    }
+  }
+}
+
+// As a lane sees it: expert and row of its top-k slot, and, all lanes alike, where the row comes from. Kept as they
+// were loaded, and looked at only when the item is due: whoever looks has to wait for the memory.
+struct PullItem {
+  int32_t expert = -1;
+  int32_t row = -1;
+  int32_t source = -1;  // local rank, -1 where the item is none
+  int32_t from_row = 0;
+};
+
+class Puller {
+ public:
+  __device__ Puller(const Context& c, const DispatchTask& t)
+      : c_(c),
+        t_(t),
+        stages_(c, t.plan),
+        counts_(ReceivedCounts::at(c.shape, t.kept.counts)),
+        kept_(ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing)),
+        rows_(c.own(Region::kRecvRows, t.args.slot)),
+        scales_(c.own(Region::kRecvScales, t.args.slot)) {
+    // Where the rank rows of the lane's source start: rows are grouped by source.
+    int32_t rows = lane_idx() < c.num_locals() ? counts_.rows_per_rank[c.neighbour(lane_idx())] : 0;
+    rows_from_ = rows;
+    for (int step = 1; step < kWarpThreads; step *= 2) {
+      const int32_t below = __shfl_up_sync(kFullWarp, rows, step);
+      if (lane_idx() >= step) rows += below;
+    }
+    start_of_ = rows - rows_from_;
+  }
+
+  // Items go round the sources, starting behind the own rank, so that all links are busy at once.
+  __device__ void run() {
+    const int most = __reduce_max_sync(kFullWarp, rows_from_);
+    const int num_items = most * c_.num_locals() * t_.plan.num_chunks;
+    const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
+    const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
+    next_ = fetch(first, num_items);
+    move_items(
+        stages_, first, step, num_items,
+        [&](int item, int stage) {
+          load(next_, item, stage);
+          next_ = fetch(item + step, num_items);
+        },
+        [&](int item, int stage) { store(item, stage); });
+  }
+
+ private:
+  __device__ PullItem fetch(int item, int num_items) const {
+    PullItem it;
+    const int row = item / t_.plan.num_chunks;
+    const int source = (c_.local_rank() + 1 + row % c_.num_locals()) % c_.num_locals();
+    const int row_of_source = row / c_.num_locals();
+    const int32_t rows = __shfl_sync(kFullWarp, rows_from_, source), start = __shfl_sync(kFullWarp, start_of_, source);
+    if (item >= num_items || row_of_source >= rows) return it;
+    const int64_t rank_row = start + row_of_source;
+    it.source = source;
+    const RouteRecord record = own_record(c_, t_, rank_row);
+    it.from_row = t_.cached ? kept_.from_row[rank_row] : *record.from_row;
+    if (lane_idx() >= c_.shape.num_topk) return it;
+    const int64_t entry = rank_row * c_.shape.num_topk + lane_idx();
+    it.expert = t_.cached ? c_.sizes.first_expert : record.experts[lane_idx()];  // the handle has own experts alone
+    it.row = t_.cached ? kept_.expert_rows[entry] : record.expert_rows[lane_idx()];
+    return it;
+  }
+
+  __device__ int chunk_bytes(int chunk) const {
+    return min(t_.plan.chunk_bytes, t_.args.format.payload_bytes - chunk * t_.plan.chunk_bytes);
+  }
+
+  __device__ void load(const PullItem& it, int item, int stage) {
+    const int chunk = item % t_.plan.num_chunks, pitch = t_.args.format.scale_pitch();
+    stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
+    __syncwarp();
+    if (lane_idx() != 0) return;
+    uint64_t* full = stages_.full + stage;
+    if (it.source < 0) {
+      ptx::mbarrier_arrive(full);
+      return;
+    }
+    const char* rows = c_.region(it.source, pulled_region(t_), c_.lane);
+    const char* scales = c_.region(it.source, Region::kInputScales, c_.lane);
+    const bool with_scales = chunk == 0 && pitch > 0;
+    ptx::mbarrier_arrive_expect_tx(full, chunk_bytes(chunk) + (with_scales ? pitch : 0));
+    const int64_t offset = int64_t{it.from_row} * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
+    ptx::bulk_load(stages_.payload(stage), rows + offset, chunk_bytes(chunk), full);
+    if (with_scales) ptx::bulk_load(stages_.scales(stage), scales + int64_t{it.from_row} * pitch, pitch, full);
+  }
+
+  __device__ void store(int item, int stage) {
+    const int chunk = item % t_.plan.num_chunks, pitch = t_.args.format.scale_pitch();
+    const int64_t row = stages_.kept_row(stage);
+    if (row < 0) return;
+    char* to = rows_ + row * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
+    ptx::bulk_store(to, stages_.payload(stage), chunk_bytes(chunk));
+    if (chunk == 0 && pitch > 0) ptx::bulk_store(scales_ + row * pitch, stages_.scales(stage), pitch);
+  }
+
+  const Context& c_;
+  const DispatchTask& t_;
+  const Stages stages_;
+  const ReceivedCounts counts_;
+  const ReceivedRouting kept_;
+  char* rows_;
+  char* scales_;
+  int32_t rows_from_;  // rank rows that come from the lane's source, a rank of the node
+  int32_t start_of_;   // the first of them
+  PullItem next_;
+};
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,202 @@
+// D4 send, layout kRank: each row once into shared memory, from there once to every destination rank, straight to its
+// final row. Scales and the route record go along; a cast to FP8 happens in between.
+#pragma once
+
+#include "cuda/cast.cuh"
+#include "cuda/ring.cuh"
+#include "cuda/sync.cuh"
+#include "cuda/task.hpp"
+
+namespace deep_a2a::cuda {
+
+// One warp's stages. Each lane that can be a target of a stage's item keeps there to which row it stores it, -1 for
+// none.
+struct Stages {
+  const DispatchPlan& plan;
+  char* memory;
+  uint64_t* full;
+
+  __device__ Stages(const Context& c, const DispatchPlan& the_plan)
+      : plan(the_plan),
+        memory(c.arena + plan.ring_offset + warp_idx() * plan.num_stages * plan.stage_bytes),
+        full(c.shared.barriers + warp_idx() * plan.num_stages) {}
+  __device__ char* payload(int stage) const { return memory + stage * plan.stage_bytes; }
+  __device__ char* scales(int stage) const { return payload(stage) + plan.side_offset; }
+  __device__ char* record(int stage) const { return payload(stage) + plan.record_offset; }
+  __device__ void keep_row(int stage, int32_t row) const {
+    if (lane_idx() < plan.num_targets) rows(stage)[lane_idx()] = row;
+  }
+  __device__ int32_t kept_row(int stage) const { return lane_idx() < plan.num_targets ? rows(stage)[lane_idx()] : -1; }
+
+ private:
+  __device__ int32_t* rows(int stage) const { return reinterpret_cast<int32_t*>(payload(stage) + plan.rows_offset); }
+};
+
+// Runs one warp's items through its ring: load(item, stage) starts the loads of an item and arrives at the stage's
+// barrier once, store(item, stage) issues and nothing more. Returns when all stores are complete.
+template <class Load, class Store>
+__device__ void move_items(const Stages& stages, int first, int step, int num_items, Load&& load, Store&& store) {
+  const int num_stages = stages.plan.num_stages;
+  RingPosition filling, storing;
+  int next = first;
+  const auto refill = [&] {
+    if (next >= num_items) return;
+    load(next, filling.stage);
+    filling.advance(num_stages);
+    next += step;
+  };
+  for (int i = 0; i < num_stages; ++i) refill();
+  for (int item = first; item < num_items; item += step) {
+    wait_full(stages.full + storing.stage, storing.parity);
+    store(item, storing.stage);
+    ptx::bulk_commit();
+    storing.advance(num_stages);
+    if (item != first) {  // the stage of the item before this one
+      ptx::bulk_wait_read<1>();
+      __syncwarp();
+      refill();
+    }
+  }
+  ptx::bulk_wait<0>();
+}
+
+// A few bytes, by a warp; 4 at a time where the source allows it.
+__device__ inline void copy_bytes(char* to, const char* from, int bytes) {
+  if (bytes % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
+    for (int i = lane_idx() * 4; i < bytes; i += kWarpThreads * 4) {
+      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
+    }
+  } else {
+    for (int i = lane_idx(); i < bytes; i += kWarpThreads) to[i] = from[i];
+  }
+}
+
+// What a lane has to know of an item, fetched while the item before it is under way: as a destination its place there,
+// as a top-k slot its expert and weight.
+struct PushItem {
+  int32_t place = -1;
+  int32_t expert = -1;
+  float weight = 0.0f;
+};
+
+class Pusher {
+ public:
+  __device__ Pusher(const Context& c, const DispatchTask& t)
+      : c_(c),
+        t_(t),
+        stages_(c, t.plan),
+        dest_((c.local_rank() + 1 + lane_idx()) % c.num_locals()),
+        base_(lane_idx() >= c.num_locals() ? 0
+              : t.cached                   ? t.source.rank_bases[dest_]
+                                           : c.shared.rank_bases[dest_]) {
+    if (lane_idx() >= c.num_locals()) return;
+    rows_ = c.region(dest_, Region::kRecvRows, t.args.slot);
+    scales_ = c.region(dest_, Region::kRecvScales, t.args.slot);
+    records_ = c.region(dest_, Region::kRecvRoutes, t.args.slot);
+  }
+
+  __device__ void run() {
+    const int num_items = t_.args.num_tokens * t_.plan.num_chunks;
+    const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
+    const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
+    next_ = fetch(first);
+    move_items(
+        stages_, first, step, num_items,
+        [&](int item, int stage) {
+          load(next_, item, stage);
+          next_ = fetch(item + step);  // after the fence of load(), which waits for whatever is under way
+        },
+        [&](int item, int stage) { store(item, stage); });
+  }
+
+ private:
+  __device__ PushItem fetch(int item) const {
+    PushItem it;
+    const int token = item / t_.plan.num_chunks;
+    if (token >= t_.args.num_tokens) return it;
+    if (lane_idx() < c_.num_locals()) it.place = t_.source.rank_places[int64_t{token} * c_.num_locals() + dest_];
+    if (!t_.cached && lane_idx() < c_.shape.num_topk) {
+      const int64_t entry = int64_t{token} * c_.shape.num_topk + lane_idx();
+      it.expert = t_.source.experts[entry];
+      it.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
+    }
+    return it;
+  }
+
+  __device__ bool casts() const { return t_.args.cast != Cast::kNone; }
+  __device__ int input_bytes(int chunk) const {
+    const int row = casts() ? static_cast<int>(c_.shape.max_payload_bytes()) : t_.args.format.payload_bytes;
+    return min(t_.plan.chunk_bytes, row - chunk * t_.plan.chunk_bytes);
+  }
+
+  __device__ void load(const PushItem& it, int item, int stage) {
+    const int token = item / t_.plan.num_chunks, chunk = item % t_.plan.num_chunks;
+    stages_.keep_row(stage, it.place >= 0 ? it.place + base_ : -1);
+    const bool wanted = __any_sync(kFullWarp, it.place >= 0);
+    if (wanted && chunk == 0) {
+      if (!t_.cached && lane_idx() < c_.shape.num_topk) {
+        const RouteRecord record = RouteRecord::at(c_.shape, stages_.record(stage));
+        record.experts[lane_idx()] = it.expert;
+        record.weights[lane_idx()] = it.weight;
+      }
+      copy_scales(token, stage);
+    }
+    ptx::fence_proxy_async_shared();  // the record and the scales, for the stores; what a cast has read, for the load
+    __syncwarp();
+    if (lane_idx() != 0) return;
+    uint64_t* full = stages_.full + stage;
+    if (!wanted) {
+      ptx::mbarrier_arrive(full);
+      return;
+    }
+    const auto* from = static_cast<const char*>(t_.args.x) + token * t_.args.x_pitch + chunk * t_.plan.chunk_bytes;
+    ptx::mbarrier_arrive_expect_tx(full, input_bytes(chunk));
+    ptx::bulk_load(stages_.payload(stage), from, input_bytes(chunk), full);
+  }
+
+  // Given scales lie as the caller likes, so no bulk copy.
+  __device__ void copy_scales(int token, int stage) {
+    if (t_.args.scales == nullptr) return;
+    const char* from = static_cast<const char*>(t_.args.scales) + token * t_.args.scales_pitch;
+    copy_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);
+  }
+
+  __device__ void store(int item, int stage) {
+    const int chunk = item % t_.plan.num_chunks;
+    const int64_t row = stages_.kept_row(stage);
+    int payload = input_bytes(chunk), payload_offset = chunk * t_.plan.chunk_bytes;
+    int scales = chunk == 0 ? t_.args.format.scale_pitch() : 0, scales_offset = 0;
+    if (casts() && __any_sync(kFullWarp, row >= 0)) {
+      const int group_bytes = t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4;
+      scales_offset = payload_offset / 2 / kScaleGroupChannels * group_bytes;
+      payload /= 2;
+      payload_offset /= 2;
+      scales = align_up(ceil_div(payload, kScaleGroupChannels) * group_bytes, kRowAlignment);
+      cast_in_place(stages_.payload(stage), stages_.scales(stage), payload, t_.args.cast, t_.args.scale_format);
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+    }
+    if (row < 0) return;
+    const int32_t pitch = t_.args.format.payload_bytes;
+    ptx::bulk_store(rows_ + row * pitch + payload_offset, stages_.payload(stage), payload);
+    if (scales > 0) {
+      ptx::bulk_store(scales_ + row * t_.args.format.scale_pitch() + scales_offset, stages_.scales(stage), scales);
+    }
+    if (chunk == 0 && !t_.cached) {
+      const int64_t record = c_.sizes.record_bytes;
+      ptx::bulk_store(records_ + row * record, stages_.record(stage), static_cast<uint32_t>(record));
+    }
+  }
+
+  const Context& c_;
+  const DispatchTask& t_;
+  const Stages stages_;
+  const int dest_;      // the lane's destination rank, local; ranks start with different ones
+  const int32_t base_;  // of this source's rows there
+  char* rows_ = nullptr;
+  char* scales_ = nullptr;
+  char* records_ = nullptr;
+  PushItem next_;
+};
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,219 @@
+#include "cuda/rank.hpp"
+
+#include <sched.h>
+
+#include <cstring>
+#include <new>
+
+#include "cuda/farewell.hpp"
+#include "protocol/agree.hpp"
+#include "protocol/faults.hpp"
+
+namespace deep_a2a::cuda {
+namespace {
+
+uint64_t read_pinned(const uint64_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
+
+bool is_aligned(const void* address, int64_t pitch) {
+  return reinterpret_cast<uintptr_t>(address) % kRowAlignment == 0 && pitch % kRowAlignment == 0;
+}
+
+}  // namespace
+
+Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows, double timeout_s,
+           std::optional<uint64_t> delay_seed)
+    : device_(device), windows_(std::move(windows)), team_{}, stream_(device) {
+  validate(shape);
+  const Topology& t = shape.topology;
+  check_argument(t.num_nodes() == 1, "the CUDA backend needs all ranks on one node, got ", t.num_nodes(), " nodes");
+  check_argument(t.ranks_per_node <= kMaxRanksPerNode, "ranks_per_node must be at most ", kMaxRanksPerNode, ", got ",
+                 t.ranks_per_node);
+  check_argument(int64_t{shape.max_tokens} * shape.num_topk * t.ranks_per_node <= INT32_MAX,
+                 "num_max_tokens_per_rank * num_topk * ranks_per_node must fit 31 bits, got ", shape.max_tokens, " * ",
+                 shape.num_topk, " * ", t.ranks_per_node);
+  check_argument(static_cast<int>(windows_.size()) == t.ranks_per_node, "expected ", t.ranks_per_node, " windows, got ",
+                 windows_.size());
+  team_.shape = shape;
+  team_.sizes = Sizes::of(shape, rank);
+  team_.layout = make_layout(shape);
+  team_.rank = rank;
+  team_.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+  team_.delay_seed = delay_seed ? (*delay_seed << 8) + static_cast<uint64_t>(rank) + 1 : 0;
+  for (size_t local = 0; local < windows_.size(); ++local) {
+    check_argument(windows_[local]->bytes() >= team_.layout.bytes, "a window has ", windows_[local]->bytes(),
+                   " bytes, expected ", team_.layout.bytes);
+    team_.windows[local] = windows_[local]->data();
+  }
+
+  const OnDevice on(device);
+  limits_ = prepare_kernels(device);
+  scratch_words_ = BlockCounts::words(shape) * limits_.num_sms;
+  const auto control_bytes = sizeof(Control) + static_cast<size_t>(scratch_words_ * shape.num_lanes) * 4;
+  check_cuda(cudaMalloc(&control_memory_, control_bytes), "cudaMalloc of the lanes' state");
+  check_cuda(cudaMemset(control_memory_, 0, control_bytes), "cudaMemset of the lanes' state");
+  team_.control = static_cast<Control*>(control_memory_);
+  scratch_ = reinterpret_cast<int32_t*>(team_.control + 1);
+  const auto mailbox_bytes = sizeof(Mailbox) + static_cast<size_t>(t.num_ranks * CountVector::bytes(shape));
+  check_cuda(cudaHostAlloc(&mailbox_memory_, mailbox_bytes, cudaHostAllocMapped | cudaHostAllocPortable),
+             "cudaHostAlloc of the mailbox");
+  std::memset(mailbox_memory_, 0, mailbox_bytes);
+  team_.mailbox = static_cast<Mailbox*>(mailbox_memory_);
+  team_.refused_counts = reinterpret_cast<char*>(team_.mailbox + 1);
+
+  plan_combine(shape, 1, limits_);  // throws now what it would throw later
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+Rank::~Rank() {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_);
+  say_farewell(shape(), team_.rank, device_, windows_);
+  cudaFree(control_memory_);
+  cudaFreeHost(mailbox_memory_);
+  cudaSetDevice(before);
+}
+
+int64_t Rank::source_bytes(int num_tokens) const { return SourceHandle{}.lay_out(shape(), num_tokens, nullptr); }
+
+char* Rank::own(Region region, int instance) const {
+  return team_.windows[shape().topology.local_of(team_.rank)] + team_.layout.offset(region, instance);
+}
+
+void Rank::check_dispatch(const DispatchTask& task) const {
+  const Shape& s = shape();
+  const RowFormat& format = task.args.format;
+  check_argument(task.args.num_tokens >= 0 && task.args.num_tokens <= s.max_tokens, "x has ", task.args.num_tokens,
+                 " tokens, expected at most num_max_tokens_per_rank = ", s.max_tokens);
+  check_argument(task.lane >= 0 && task.lane < s.num_lanes, "lane must be in [0, ", s.num_lanes, "), got ", task.lane);
+  check_argument(task.args.slot >= 0 && task.args.slot < s.num_slots, "slot must be in [0, ", s.num_slots, "), got ",
+                 task.args.slot);
+  check_argument(format.payload_bytes > 0 && format.payload_bytes % kRowAlignment == 0 &&
+                     format.payload_bytes <= s.max_payload_bytes(),
+                 "a row of x must have whole 16 bytes, at most ", s.max_payload_bytes(), ", got ",
+                 format.payload_bytes);
+  check_argument(format.scale_bytes >= 0 && format.scale_bytes <= s.max_scale_bytes(), "a row of scales has ",
+                 format.scale_bytes, " bytes, expected at most ", s.max_scale_bytes());
+}
+
+void Rank::place_input(cudaStream_t stream, DispatchTask& task) {
+  DispatchArgs& args = task.args;
+  char* window_rows = own(Region::kInputRows, task.lane);
+  const bool cast_by_source = args.cast != Cast::kNone && shape().row_per_expert();  // reads rows with ordinary loads
+  const bool aligned = is_aligned(args.x, args.x_pitch);
+  if (args.x == window_rows || args.num_tokens == 0 || (aligned && (cast_by_source || !shape().row_per_expert())))
+    return;
+  const int64_t bytes = args.cast != Cast::kNone ? shape().max_payload_bytes() : args.format.payload_bytes;
+  check_cuda(cudaMemcpy2DAsync(window_rows, static_cast<size_t>(bytes), args.x, static_cast<size_t>(args.x_pitch),
+                               static_cast<size_t>(bytes), static_cast<size_t>(args.num_tokens),
+                               cudaMemcpyDeviceToDevice, stream),
+             "the copy of the input into the window");
+  args.x = window_rows;
+  args.x_pitch = bytes;
+}
+
+uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source) {
+  check_dispatch(task);
+  const OnDevice on(device_);
+  const Launch used{launch.stream, check_num_sms(launch.num_sms, limits_)};
+  task.plan = plan_dispatch(shape(), task.args, limits_);
+  task.source.lay_out(shape(), task.args.num_tokens, static_cast<char*>(source));
+  task.block_counts = scratch_ + task.lane * scratch_words_;
+  task.ticket = task.half == Half::kReceive ? tickets_ : ++tickets_;
+  if (task.half != Half::kReceive) place_input(launch.stream, task);
+  launch_dispatch(used, team_, task);
+  return task.ticket;
+}
+
+void Rank::copy_out(cudaStream_t stream, int slot, int64_t num_rows, const RowFormat& format, void* rows,
+                    void* scales) {
+  if (num_rows == 0) return;
+  const OnDevice on(device_);
+  const auto count = static_cast<size_t>(num_rows), payload = static_cast<size_t>(format.payload_bytes);
+  check_cuda(cudaMemcpyAsync(rows, own(Region::kRecvRows, slot), count * payload, cudaMemcpyDeviceToDevice, stream),
+             "the copy of received rows");
+  if (scales == nullptr) return;
+  const auto bytes = static_cast<size_t>(format.scale_bytes);
+  check_cuda(cudaMemcpy2DAsync(scales, bytes, own(Region::kRecvScales, slot), static_cast<size_t>(format.scale_pitch()),
+                               bytes, count, cudaMemcpyDeviceToDevice, stream),
+             "the copy of received scales");
+}
+
+void Rank::combine(const Launch& launch, CombineTask task, void* source, int64_t num_rows) {
+  const OnDevice on(device_);
+  const Launch used{launch.stream, check_num_sms(launch.num_sms, limits_)};
+  char* window_rows = own(Region::kCombineRows, task.lane);
+  check_argument(task.lane >= 0 && task.lane < shape().num_lanes, "lane must be in [0, ", shape().num_lanes, "), got ",
+                 task.lane);
+  task.plan = plan_combine(shape(), used.num_sms, limits_);
+  task.source.lay_out(shape(), task.num_tokens, static_cast<char*>(source));
+  const bool lent = task.args.rows == window_rows;
+  if (task.half != Half::kReceive && !shape().row_per_expert() && !lent && num_rows > 0) {
+    check_cuda(cudaMemcpyAsync(window_rows, task.args.rows, static_cast<size_t>(num_rows * shape().max_payload_bytes()),
+                               cudaMemcpyDeviceToDevice, launch.stream),
+               "the copy of expert outputs into the window");
+  }
+  check_argument(!shape().row_per_expert() || is_aligned(task.args.rows, 0),
+                 "x must start at a multiple of 16 bytes, got address ", task.args.rows);
+  launch_combine(used, team_, task);
+}
+
+void Rank::release(cudaStream_t stream, int slot) {
+  check_argument(slot >= 0 && slot < shape().num_slots, "slot must be in [0, ", shape().num_slots, "), got ", slot);
+  const OnDevice on(device_);
+  launch_release(stream, team_, slot);
+}
+
+ReceivedSizes Rank::wait_counts(int lane, uint64_t ticket, cudaStream_t stream) {
+  const CountReport& report = team_.mailbox->counts[lane];
+  for (int64_t poll = 1; read_pinned(report.ticket) < ticket; ++poll) {
+    check_faults();
+    if (poll % 1024 == 0) {  // a kernel that has failed reports nothing
+      const cudaError_t status = cudaStreamQuery(stream);
+      if (status != cudaSuccess && status != cudaErrorNotReady) check_cuda(status, "an operation on the stream");
+      sched_yield();
+    }
+  }
+  const ReceivedSizes sizes{report.num_rows, report.num_rank_rows};
+  check();
+  return sizes;
+}
+
+void Rank::check_faults() {
+  if (read_pinned(team_.mailbox->fault_set) != 0) std::rethrow_exception(fault());
+}
+
+int64_t Rank::wire_bytes() const {
+  const OnDevice on(device_);
+  unsigned long long bytes = 0;
+  check_cuda(cudaMemcpyAsync(&bytes, &team_.control->wire_bytes, sizeof(bytes), cudaMemcpyDeviceToHost, stream_.get()),
+             "reading the count of bytes");
+  stream_.synchronize();
+  return static_cast<int64_t>(bytes);
+}
+
+void Rank::check() {
+  check_faults();
+  if (read_pinned(team_.mailbox->refusal_set) == 0) return;
+  const Verdict verdict = agree(shape(), AllCounts(shape(), team_.refused_counts));
+  if (!verdict.slots_disagree) __atomic_store_n(&team_.mailbox->refusal_set, 0, __ATOMIC_RELEASE);
+  std::rethrow_exception(verdict.refusal);
+}
+
+std::exception_ptr Rank::fault() const {
+  const OnDevice on(device_);
+  const FaultRecord& record = team_.mailbox->fault;
+  std::vector<uint64_t> begun(windows_.size(), 0);
+  for (size_t local = 0; local < windows_.size(); ++local) {
+    const char* word = team_.windows[local] + team_.layout.offset(Region::kProgress, record.lane);
+    if (cudaMemcpyAsync(&begun[local], word, 8, cudaMemcpyDeviceToHost, stream_.get()) != cudaSuccess ||
+        cudaStreamSynchronize(stream_.get()) != cudaSuccess) {
+      cudaGetLastError();
+      begun.clear();
+      break;
+    }
+  }
+  return error_of(record, team_.rank, shape().topology, begun);
+}
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,25 @@
+// What a block keeps in shared memory beside the arena.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/team.hpp"
+
+namespace deep_a2a::cuda {
+
+constexpr int kMaxBarriers = 128;  // of all rings of a block
+
+struct BlockShared {
+  uint64_t barriers[kMaxBarriers];
+  int32_t rank_bases[kMaxRanksPerNode];  // where this rank's rows start at each rank of the node
+  int32_t num_rows;                      // of `x`, that this rank receives
+  int32_t bad_entry;                     // the first of topk_idx that is out of range
+  uint32_t refused;
+  uint32_t slot_taken;  // when first looked at, a rank had not released the slot
+  uint32_t last_block;
+};
+
+// The arena follows: one phase of a kernel uses it after another.
+constexpr int kArenaBegin = align_up<int>(sizeof(BlockShared), 128);
+
+}  // namespace deep_a2a::cuda

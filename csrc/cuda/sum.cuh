@@ -1,0 +1,147 @@
+// Sums of BF16 rows in FP32: warps that load, each feeding one warp that adds, through a ring of the two.
+#pragma once
+
+#include "cuda/ring.cuh"
+#include "cuda/task.hpp"
+
+namespace deep_a2a::cuda {
+
+// One term of a sum, as the lane that loads it sees it; terms are added in the order of their lanes.
+struct Term {
+  const char* row = nullptr;  // null: this lane has none
+  float weight = 1.0f;
+};
+
+enum class Weighting : int { kNone, kByTerm };
+
+// A pair of warps and its part of the block: `empty` barriers follow the `full` ones.
+struct SumRing {
+  const CombinePlan& plan;
+  int pair;
+  bool loads;  // this warp does; the other one adds
+  int stage_pitch;
+  char* memory;
+  uint64_t* full;
+  uint64_t* empty;
+
+  __device__ SumRing(const Context& c, const CombinePlan& the_plan)
+      : plan(the_plan),
+        pair(warp_idx() % the_plan.num_pairs),
+        loads(warp_idx() >= the_plan.num_pairs),
+        stage_pitch(align_up(the_plan.chunk_bytes, 128)),
+        memory(c.arena + static_cast<int64_t>(pair) * the_plan.num_stages * stage_pitch),
+        full(c.shared.barriers + pair * 2 * the_plan.num_stages),
+        empty(full + the_plan.num_stages) {}
+  __device__ bool in_use() const { return warp_idx() < 2 * plan.num_pairs; }
+  __device__ char* stage(int idx) const { return memory + idx * stage_pitch; }
+  // `ahead` places from `from`, at most a whole round.
+  __device__ RingPosition at(RingPosition from, int ahead) const {
+    from.stage += ahead;
+    if (from.stage >= plan.num_stages) {
+      from.stage -= plan.num_stages;
+      from.parity ^= 1;
+    }
+    return from;
+  }
+};
+
+template <Weighting kWeighting>
+__device__ inline void add_term(float* sum, const uint4& packed, float weight, bool first) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float value = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
+    if (kWeighting == Weighting::kByTerm) {
+      sum[i] = first ? __fmul_rn(weight, value) : __fmaf_rn(weight, value, sum[i]);
+    } else {
+      sum[i] = first ? value : __fadd_rn(sum[i], value);
+    }
+  }
+}
+
+__device__ inline uint4 rounded(const float* sum) {
+  return make_uint4(ptx::float2_to_bf16x2(sum[0], sum[1]), ptx::float2_to_bf16x2(sum[2], sum[3]),
+                    ptx::float2_to_bf16x2(sum[4], sum[5]), ptx::float2_to_bf16x2(sum[6], sum[7]));
+}
+
+// Adds chunks that lie in consecutive stages from `at` on, with the weights of the first lanes. kCount is their number,
+// or 0 where it is only known as `count`. Several vectors of a lane are under way at once.
+template <Weighting kWeighting, int kCount>
+__device__ void add_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
+  constexpr int kVectors = kCount > 0 ? 4 : 1, kStride = kWarpThreads * 16;
+  for (int first = 0; first < bytes; first += kVectors * kStride) {
+    float sums[kVectors][8] = {};
+#pragma unroll
+    for (int term = 0; term < (kCount > 0 ? kCount : kMaxTopk); ++term) {
+      if (kCount == 0 && term >= count) break;
+      const float term_weight = kWeighting == Weighting::kByTerm ? __shfl_sync(kFullWarp, weight, term) : 1.0f;
+      const char* from = ring.stage(ring.at(at, term).stage) + first + lane_idx() * 16;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (first + i * kStride + lane_idx() * 16 >= bytes) continue;
+        add_term<kWeighting>(sums[i], *reinterpret_cast<const uint4*>(from + i * kStride), term_weight, term == 0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int offset = first + i * kStride + lane_idx() * 16;
+      if (offset < bytes) *reinterpret_cast<uint4*>(out + offset) = rounded(sums[i]);
+    }
+  }
+}
+
+template <Weighting kWeighting>
+__device__ void add_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
+  switch (count) {
+    case 1:
+      return add_chunks<kWeighting, 1>(ring, at, count, weight, out, bytes);
+    case 2:
+      return add_chunks<kWeighting, 2>(ring, at, count, weight, out, bytes);
+    case 3:
+      return add_chunks<kWeighting, 3>(ring, at, count, weight, out, bytes);
+    case 4:
+      return add_chunks<kWeighting, 4>(ring, at, count, weight, out, bytes);
+    default:
+      return add_chunks<kWeighting, 0>(ring, at, count, weight, out, bytes);
+  }
+}
+
+// The values of the lanes in `present`, moved to the first lanes.
+__device__ inline float compact(float value, uint32_t present) {
+  float mine = 0.0f;
+  for (int i = 0; present != 0; ++i, present &= present - 1) {
+    const float moved = __shfl_sync(kFullWarp, value, __ffs(present) - 1);
+    if (lane_idx() == i) mine = moved;
+  }
+  return mine;
+}
+
+// One chunk of one sum: each lane has its term. The loading warp starts the loads once the stages are free; the adding
+// warp waits for them and writes the rounded sum to `out`. Both pass the same terms; `at` goes on.
+__device__ inline void sum_chunk(const SumRing& ring, RingPosition& at, const Term& term, Weighting weighting,
+                                 int chunk_offset, int bytes, char* out) {
+  const uint32_t present = __ballot_sync(kFullWarp, term.row != nullptr);
+  const int count = __popc(present);
+  if (ring.loads) {
+    if (term.row != nullptr) {
+      const RingPosition mine = ring.at(at, __popc(present & lanes_below()));
+      wait_full(ring.empty + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
+      ptx::mbarrier_arrive_expect_tx(ring.full + mine.stage, bytes);
+      ptx::bulk_load(ring.stage(mine.stage), term.row + chunk_offset, bytes, ring.full + mine.stage);
+    }
+    __syncwarp();
+  } else {
+    for (int i = 0; i < count; ++i) wait_full(ring.full + ring.at(at, i).stage, ring.at(at, i).parity);
+    if (weighting == Weighting::kByTerm) {
+      add_chunks<Weighting::kByTerm>(ring, at, count, compact(term.weight, present), out, bytes);
+    } else {
+      add_chunks<Weighting::kNone>(ring, at, count, 1.0f, out, bytes);
+    }
+    ptx::fence_proxy_async_shared();  // what was read is overwritten by bulk loads
+    __syncwarp();
+    if (lane_idx() < count) ptx::mbarrier_arrive(ring.empty + ring.at(at, lane_idx()).stage);
+  }
+  at = ring.at(at, count);
+}
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,162 @@
+// Waiting with a deadline, signalling, and what happens when a wait fails. See "Faults" in docs/protocol.md.
+#pragma once
+
+#include "cuda/context.cuh"
+#include "protocol/steps.hpp"
+
+namespace deep_a2a::cuda {
+
+constexpr int kPollsPerCheck = 64;  // of a word, before the clock and the abort word are looked at
+
+// Tests: a release comes late by up to kMostDelayNs, drawn from the seed, so that nobody can count on it being early.
+constexpr uint64_t kMostDelayNs = 20000;
+__device__ inline void delay_release(const Team& team, const uint64_t* word, uint64_t value) {
+  if (team.delay_seed == 0) return;
+  uint64_t mixed = (team.delay_seed ^ reinterpret_cast<uint64_t>(word) / sizeof(*word)) * 0x9E3779B97F4A7C15u + value;
+  mixed = (mixed ^ mixed >> 31) * 0xBF58476D1CE4E5B9u;
+  const uint64_t start = ptx::global_timer();
+  while (ptx::global_timer() - start < (mixed >> 32) % kMostDelayNs) __nanosleep(100);
+}
+
+// Release: what this thread, and whoever it has synchronised with, stored before is visible to who acquires `value`.
+__device__ inline void signal(const Team& team, uint64_t* word, uint64_t value) {
+  delay_release(team, word, value);
+  ptx::st_release_sys(word, value);
+}
+
+__device__ inline uint64_t abort_word(const Context& c) {
+  return ptx::ld_acquire_sys(c.word(c.local_rank(), Region::kAbort, 0, 0));
+}
+
+// Hands the host the record of whoever gave up; the first one stays.
+__device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
+  if (ptx::ld_relaxed_sys(&c.team.mailbox->fault_set) != 0) return;
+  const auto* records = reinterpret_cast<const FaultRecord*>(c.own(Region::kFaults, 0));
+  const auto* from = reinterpret_cast<const uint64_t*>(records + (aborted_by - 1));
+  auto* to = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
+  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) to[i] = ptx::ld_relaxed_sys(from + i);
+  ptx::st_release_sys(&c.team.mailbox->fault_set, aborted_by);
+}
+
+// The first thread of this rank to give up tells every rank of the node; others find that it has. What a rank found
+// itself is what its host hears, whoever else gives up at the same time.
+__device__ inline void give_up(const Context& c, const FaultRecord& record) {
+  if (ptx::atom_exch_acq_rel_gpu(&c.control.gave_up, 1) != 0) return;
+  const auto* from = reinterpret_cast<const uint64_t*>(&record);
+  auto* mailbox = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
+  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = from[i];
+  const uint64_t self = static_cast<uint64_t>(c.team.rank) + 1;
+  ptx::st_release_sys(&c.team.mailbox->fault_set, self);
+  for (int local = 0; local < c.num_locals(); ++local) {
+    auto* to = reinterpret_cast<FaultRecord*>(c.region(local, Region::kFaults, 0)) + c.team.rank;
+    *to = record;
+    ptx::st_release_sys(c.word(local, Region::kAbort, 0, 0), self);
+  }
+}
+
+// Polls ready() until it is true. False: this rank or another gave up, and the kernel has to be left.
+template <class Ready, class Seen>
+__device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expected, Ready&& ready, Seen&& seen) {
+  if (ready()) return true;
+  const uint64_t start = ptx::global_timer();
+  while (true) {
+    for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+      if (ready()) return true;
+    }
+    if (const uint64_t by = abort_word(c)) {
+      report_fault(c, by);
+      return false;
+    }
+    const uint64_t waited = ptx::global_timer() - start;
+    if (waited >= c.team.timeout_ns) {
+      give_up(c, {Fault::kTimeout, step, c.team.rank, peer, c.lane, static_cast<uint32_t>(waited / 1000000), c.epoch,
+                  expected, seen()});
+      return false;
+    }
+  }
+}
+
+__device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
+  const auto seen = [&] { return ptx::ld_acquire_sys(word); };
+  return wait_until(c, step, peer, expected, [&] { return seen() >= expected; }, seen);
+}
+
+// For a word with a tag: gives up where the tag is not the own one.
+__device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
+  const uint64_t reached = Tag::word(c.epoch, 0);
+  const auto ready = [&] { return ptx::ld_acquire_sys(word) >= reached; };
+  const auto seen = [&] { return ptx::ld_acquire_sys(word) >> Tag::kBits; };
+  if (!wait_until(c, step, peer, c.epoch, ready, seen)) return false;
+  const uint32_t tag = Tag::of(ptx::ld_acquire_sys(word));
+  if (tag == c.tag) return true;
+  give_up(c, {Fault::kMismatch, step, c.team.rank, peer, c.lane, 0, c.epoch, c.tag, tag});
+  return false;
+}
+
+// All threads of the block: each waits for what it was given, all learn whether everybody got it.
+__device__ inline bool all_of_block(bool ok) { return __syncthreads_and(ok) != 0; }
+
+// The block has come to a point of the grid. One thread calls it, after a barrier of the block. Returns how many blocks
+// had come before.
+__device__ inline uint32_t grid_arrive(uint32_t& counter) { return ptx::atom_add_acq_rel_gpu(&counter, 1); }
+
+__device__ inline bool grid_wait(const Context& c, const uint32_t& counter) {
+  const auto ready = [&] { return ptx::ld_acquire_gpu(&counter) >= gridDim.x; };
+  return wait_until(c, Step::kGrid, c.team.rank, gridDim.x, ready,
+                    [&] { return uint64_t{ptx::ld_acquire_gpu(&counter)}; });
+}
+
+// All threads: true in every thread of the one block that comes last. What the others did before is visible to it.
+__device__ inline bool last_block(const Context& c, uint32_t& counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) c.shared.last_block = grid_arrive(counter) == gridDim.x - 1;
+  __syncthreads();
+  return c.shared.last_block != 0;
+}
+
+// For one more thread, beside those that wait: a kernel that was enqueued behind one that gave up must not begin.
+__device__ inline bool not_aborted(const Context& c) {
+  if (static_cast<int>(threadIdx.x) != c.num_locals()) return true;
+  const uint64_t by = abort_word(c);
+  if (by != 0) report_fault(c, by);
+  return by == 0;
+}
+
+// D0, C0: the previous operation of this lane is over at every rank of the node. One thread for each rank.
+__device__ inline bool wait_lane_credit(const Context& c, Step step) {
+  const int local = static_cast<int>(threadIdx.x);
+  if (local >= c.num_locals()) return not_aborted(c);
+  const int peer = c.neighbour(local);
+  const uint64_t previous = c.epoch - 1;
+  const int64_t idx = static_cast<int64_t>(previous & 1) * c.num_ranks() + peer;
+  return wait(c, c.own_word(Region::kLaneCredit, idx), previous, step, peer);
+}
+
+// This rank has finished the operation; by one block, once all have left what the operation uses.
+__device__ inline void give_lane_credit(const Context& c) {
+  const int local = static_cast<int>(threadIdx.x);
+  if (local >= c.num_locals()) return;
+  const int64_t idx = static_cast<int64_t>(c.epoch & 1) * c.num_ranks() + c.team.rank;
+  signal(c.team, c.word(local, Region::kLaneCredit, c.lane, idx), c.epoch);
+}
+
+// The slot's last reader is done: one more release, told to the ranks of the node, which write into it. One block.
+__device__ inline void release_slot(const Team& team, int slot) {
+  SlotControl& control = team.control->slots[slot];
+  const Topology& topology = team.shape.topology;
+  const uint64_t releases = ptx::ld_relaxed_sys(&control.releases) + 1;
+  __syncthreads();
+  const int local = static_cast<int>(threadIdx.x);
+  if (local == 0) control.releases = releases;
+  if (local >= topology.ranks_per_node) return;
+  auto* words = reinterpret_cast<uint64_t*>(team.windows[local] + team.layout.offset(Region::kSlotCredit));
+  signal(team, words + int64_t{slot} * topology.ranks_per_node + team.sizes.local_rank, releases);
+}
+
+// Sets a word of this rank at every rank of the node; one thread for each.
+__device__ inline void signal_node(const Context& c, Region region, int64_t idx, uint64_t value) {
+  const int local = static_cast<int>(threadIdx.x);
+  if (local < c.num_locals()) signal(c.team, c.word(local, region, c.lane, idx), value);
+}
+
+}  // namespace deep_a2a::cuda

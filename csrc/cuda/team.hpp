@@ -1,0 +1,183 @@
+// What every kernel of a Buffer is given, by value, and the memory that kernels keep from one launch to the next.
+#pragma once
+
+#include <cstdint>
+
+#include "protocol/args.hpp"
+#include "protocol/layout.hpp"
+
+namespace deep_a2a::cuda {
+
+constexpr int kMaxRanksPerNode = 32;  // a warp has a lane for each
+constexpr int kWarpThreads = 32;
+
+// Counts of blocks of a launch that have come to a point; the last block of a launch sets them back to zero.
+struct GridCounters {
+  uint32_t counted;
+  uint32_t placed;
+  uint32_t readied;
+  uint32_t sent;
+  uint32_t left;
+};
+
+// A lane's memory on the GPU: here because a captured graph advances it without the host.
+struct LaneControl {
+  uint64_t epoch;          // of the operation that began last
+  uint64_t refused_epoch;  // of the dispatch that was refused last
+  GridCounters grid;
+  uint32_t gave_up;  // a thread of this rank has
+};
+
+struct SlotControl {
+  uint64_t uses;
+  uint64_t releases;
+};
+
+struct Control {
+  LaneControl lanes[kMaxLanes];
+  SlotControl slots[kMaxSlots];
+  unsigned long long wire_bytes;  // moved between GPUs so far
+};
+
+// Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.
+struct CountReport {
+  uint64_t ticket;  // of the launch, written last
+  int32_t num_rows;
+  int32_t num_rank_rows;
+};
+
+enum class Outcome : uint64_t { kNone = 0, kRefused = 1, kAborted = 2 };
+
+struct Mailbox {
+  CountReport counts[kMaxLanes];
+  uint64_t fault_set;  // written after `fault`
+  FaultRecord fault;
+  uint64_t refusal_set;  // written after the count vectors of the refused dispatch, which follow this struct
+};
+
+// What follows from shape and rank by division: worked out once on the host, since a GPU has no divider.
+struct Sizes {
+  int32_t num_nodes;
+  int32_t local_rank;
+  int32_t first_rank;  // of the node
+  int32_t num_local_experts;
+  int32_t first_expert;  // of this rank
+  int32_t node_first_expert;
+  int32_t node_num_experts;
+  uint64_t
+      expert_reciprocal;  // e * expert_reciprocal >> 32 is e / num_local_experts, for as many experts as can be counted
+  int64_t slot_rows;
+  int64_t counts_bytes;
+  int64_t record_bytes;
+
+  static Sizes of(const Shape& s, int rank) {
+    const Topology& t = s.topology;
+    const int node = t.node_of(rank), experts = s.num_local_experts();
+    return {t.num_nodes(),
+            t.local_of(rank),
+            t.rank_of(node, 0),
+            experts,
+            rank * experts,
+            node * s.experts_per_node(),
+            s.experts_per_node(),
+            ((uint64_t{1} << 32) + static_cast<uint64_t>(experts) - 1) / static_cast<uint64_t>(experts),
+            s.slot_rows(),
+            CountVector::bytes(s),
+            RouteRecord::bytes(s)};
+  }
+};
+
+struct Team {
+  Shape shape;
+  Sizes sizes;
+  WindowLayout layout;
+  int rank;
+  uint64_t timeout_ns;
+  uint64_t delay_seed;  // tests: releases come late, as drawn from it; 0 for never
+  Control* control;
+  Mailbox* mailbox;
+  char* refused_counts;             // behind the mailbox: the count vectors of all ranks
+  char* windows[kMaxRanksPerNode];  // of the ranks of this node, the own one included
+};
+
+// Which halves of an operation a launch runs.
+enum class Half : int { kSend = 1, kReceive = 2, kBoth = 3 };
+
+// What the source keeps of a dispatch, in one allocation of the caller's: for cached dispatches and for combine.
+struct SourceHandle {
+  int32_t* experts;        // [num_tokens, num_topk]
+  int32_t* expert_places;  // [num_tokens, num_topk]; not in layout kRank
+  int32_t* rank_places;    // [num_tokens, ranks_per_node], -1 where none of the rank's experts is wanted
+  int32_t* rank_bases;     // [ranks_per_node]: base + place is the rank row
+  int32_t* rank_rows;      // [ranks_per_node]: how many go there
+
+  // Lays the arrays out from `base` on; returns how many bytes they take.
+  int64_t lay_out(const Shape& s, int num_tokens, char* base) {
+    int64_t offset = 0;
+    const auto take = [&](int64_t words) {
+      auto* at = reinterpret_cast<int32_t*>(base + offset);
+      offset = align_up<int64_t>(offset + words * 4, kRegionAlignment);
+      return at;
+    };
+    const int64_t entries = int64_t{num_tokens} * s.num_topk;
+    rank_bases = take(s.topology.ranks_per_node);
+    rank_rows = take(s.topology.ranks_per_node);
+    rank_places = take(int64_t{num_tokens} * s.topology.ranks_per_node);
+    experts = take(entries);
+    expert_places = take(s.row_per_expert() ? entries : 0);
+    return offset;
+  }
+};
+
+// What one block has counted: rows per rank of the node, per expert, and the first bad entry.
+struct BlockCounts {
+  int32_t* rank_rows;
+  int32_t* expert_rows;
+  int32_t* bad_entry;
+
+  DEEP_A2A_HOST_DEVICE static int64_t words(const Shape& s) {
+    return int64_t{s.topology.ranks_per_node} + s.num_experts + 1;
+  }
+  DEEP_A2A_HOST_DEVICE static BlockCounts at(const Shape& s, int32_t* scratch, int block) {
+    int32_t* base = scratch + block * words(s);
+    return {base, base + s.topology.ranks_per_node, base + s.topology.ranks_per_node + s.num_experts};
+  }
+};
+
+// The numbers that a receiver knows once it has all counts, as one block of int32.
+struct ReceivedCounts {
+  int32_t* num_received;     // [2]: rows, rank rows
+  int32_t* rows_per_rank;    // [num_ranks]
+  int32_t* rows_per_expert;  // [num_local_experts]
+  int32_t* expert_offsets;   // [num_local_experts + 1]
+  int32_t* expert_load;      // [num_experts]
+
+  DEEP_A2A_HOST_DEVICE static int64_t words(const Shape& s) {
+    return int64_t{3} + s.topology.num_ranks + 2 * s.num_local_experts() + s.num_experts;
+  }
+  DEEP_A2A_HOST_DEVICE static ReceivedCounts at(const Shape& s, int32_t* base) {
+    int32_t* per_expert = base + 2 + s.topology.num_ranks;
+    int32_t* offsets = per_expert + s.num_local_experts();
+    return {base, base + 2, per_expert, offsets, offsets + s.num_local_experts() + 1};
+  }
+};
+
+// The routing of received rank rows: [capacity, num_topk] each, as one block of int32.
+struct ReceivedRouting {
+  int32_t* topk_idx;
+  float* topk_weights;
+  int32_t* expert_rows;  // null in layout kRank
+  int32_t* from_row;     // [capacity]; null in layout kRank
+
+  DEEP_A2A_HOST_DEVICE static int64_t words(const Shape& s, int64_t capacity) {
+    return capacity * (s.row_per_expert() ? 3 * s.num_topk + 1 : 2 * s.num_topk);
+  }
+  DEEP_A2A_HOST_DEVICE static ReceivedRouting at(const Shape& s, int64_t capacity, int32_t* base) {
+    const int64_t entries = capacity * s.num_topk;
+    auto* weights = reinterpret_cast<float*>(base + entries);
+    if (!s.row_per_expert()) return {base, weights, nullptr, nullptr};
+    return {base, weights, base + 2 * entries, base + 3 * entries};
+  }
+};
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,108 @@
+#include "cuda/tuning.hpp"
+
+#include <algorithm>
+
+#include "common/check.hpp"
+#include "cuda/shared_sizes.hpp"
+
+namespace deep_a2a::cuda {
+namespace {
+
+constexpr int kStageAlignment = 128;
+constexpr int kPushChunkBytes = 7168;  // a row of 7168 FP8 channels; longer rows go in pieces
+constexpr int kMostMoveWarps = 10;     // measured: more take shared memory from the stages
+constexpr int kCastChunkBytes = 8192;  // of BF16: a cast wants more warps than a copy
+constexpr int kCastStagesWanted = 2;
+constexpr int kStagesWanted = 3;  // one loads, one is full, one is being stored
+constexpr int kSumChunkBytes = 3584;
+constexpr int kMostPairs = kBlockWarps / 2;
+constexpr int kFewestSumStages = 8;
+// A cast makes its scales in whole 16 bytes for every chunk: 16 groups of UE8M0, one byte each.
+constexpr int kCastChunkChannels = 16 * kScaleGroupChannels;
+constexpr int kFewTokens = 512;  // for a block to count all by itself: two rounds of its warps
+constexpr int kDefaultSms = 12;
+
+int aligned(int64_t bytes, int alignment = kStageAlignment) {
+  return static_cast<int>(align_up<int64_t>(bytes, alignment));
+}
+
+// Bytes of a row's input that one stage takes.
+int64_t chunk_of(const Shape& shape, const DispatchArgs& args, bool casts, int64_t most_bytes) {
+  const int64_t input = casts ? shape.max_payload_bytes() : args.format.payload_bytes;
+  if (casts) {
+    if (input <= std::min<int64_t>(most_bytes, kCastChunkBytes)) return input;
+    most_bytes = std::min<int64_t>(most_bytes, kCastChunkBytes);
+    const int64_t unit = int64_t{2} * kCastChunkChannels;
+    return std::max(unit, most_bytes / unit * unit);
+  }
+  const int64_t pieces = ceil_div<int64_t>(input, kPushChunkBytes);
+  return align_up<int64_t>(ceil_div(input, pieces), kRowAlignment);
+}
+
+}  // namespace
+
+DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const DeviceLimits& limits) {
+  DispatchPlan plan;
+  const int64_t arena = limits.shared_bytes - kArenaBegin;
+  plan.ring_offset = aligned(s.row_per_expert() ? int64_t{s.num_experts} * 4 : 0);
+  const int64_t left = arena - plan.ring_offset;
+
+  const int64_t counters = (int64_t{s.num_experts} + s.topology.ranks_per_node) * 4;  // of a warp
+  const int64_t bases = (int64_t{s.num_experts} + s.num_local_experts() + 2 * s.topology.num_ranks) * 4;
+  check_argument(std::max(2 * counters, bases) <= left, "num_experts = ", s.num_experts,
+                 " is too many for the counters in a block's shared memory: they take ", std::max(2 * counters, bases),
+                 " of ", left, " bytes");
+  plan.counting = args.num_tokens <= kFewTokens ? Counting::kAlone : Counting::kShared;
+  plan.count_warps = static_cast<int>(std::min<int64_t>(kBlockWarps, left / counters - 1));  // and the sums
+
+  // A cast happens in the stage where rows are pushed; where they are pulled, it is over by then.
+  const bool casts = args.cast != Cast::kNone && !s.row_per_expert();
+  const int64_t input_bytes = casts ? s.max_payload_bytes() : args.format.payload_bytes;
+  plan.num_targets = s.row_per_expert() ? s.num_topk : s.topology.ranks_per_node;
+  const int64_t rows_bytes = align_up(plan.num_targets * 4, kRowAlignment);
+  const int64_t side = args.format.scale_pitch() + RouteRecord::bytes(s) + rows_bytes;
+  const int64_t chunk = chunk_of(s, args, casts, left / 4 - side - kStageAlignment);
+  plan.chunk_bytes = static_cast<int>(chunk);
+  plan.num_chunks = static_cast<int>(ceil_div(input_bytes, chunk));
+  plan.side_offset = aligned(chunk, kRowAlignment);
+  plan.record_offset = plan.side_offset + args.format.scale_pitch();
+  plan.rows_offset = plan.record_offset + static_cast<int>(RouteRecord::bytes(s));
+  plan.stage_bytes = aligned(plan.rows_offset + rows_bytes);
+  const int64_t stages = left / plan.stage_bytes;
+  check_argument(stages >= 2, "rows of hidden = ", s.hidden, " with ", args.format.scale_bytes,
+                 " bytes of scales do not fit a block's shared memory: two stages take ", 2 * plan.stage_bytes, " of ",
+                 left, " bytes");
+  plan.num_stages = static_cast<int>(std::min<int64_t>(stages, casts ? kCastStagesWanted : kStagesWanted));
+  plan.move_warps = static_cast<int>(std::min<int64_t>(casts ? kBlockWarps : kMostMoveWarps, stages / plan.num_stages));
+  plan.num_stages = static_cast<int>(std::min<int64_t>(stages / plan.move_warps, kMaxBarriers / kBlockWarps));
+
+  const int64_t rings = int64_t{plan.move_warps} * plan.num_stages * plan.stage_bytes;
+  const int64_t most = std::max({rings, counters * (plan.count_warps + 1), bases});
+  plan.shared_bytes = static_cast<int>(kArenaBegin + plan.ring_offset + most);
+  return plan;
+}
+
+CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits) {
+  CombinePlan plan;
+  const int64_t arena = limits.shared_bytes - kArenaBegin;
+  const int terms = std::max(s.topology.ranks_per_node, s.row_per_expert() ? s.num_topk : 1);
+  plan.num_stages = std::max(terms, kFewestSumStages);
+  plan.num_pairs = std::min(kMostPairs, kMaxBarriers / 2 / plan.num_stages);
+  const int64_t stage = std::min<int64_t>(kSumChunkBytes, arena / (int64_t{plan.num_pairs} * plan.num_stages));
+  plan.chunk_bytes =
+      static_cast<int>(std::min<int64_t>(stage / kStageAlignment * kStageAlignment, s.max_payload_bytes()));
+  plan.num_chunks = static_cast<int>(ceil_div<int64_t>(s.max_payload_bytes(), plan.chunk_bytes));
+  // Every pair gets own rows of one flag in each segment.
+  plan.batch_tokens = kReadyRows * ceil_div(plan.num_pairs * num_sms, s.topology.ranks_per_node);
+  plan.shared_bytes =
+      static_cast<int>(kArenaBegin + int64_t{plan.num_pairs} * plan.num_stages * aligned(plan.chunk_bytes));
+  return plan;
+}
+
+int check_num_sms(int num_sms, const DeviceLimits& limits) {
+  check_argument(num_sms >= 0 && num_sms <= limits.num_sms, "num_sms must be between 1 and the device's ",
+                 limits.num_sms, " SMs, got ", num_sms);
+  return num_sms > 0 ? num_sms : std::min(kDefaultSms, limits.num_sms);
+}
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,56 @@
+// How a launch divides shared memory and warps. Plain host C++, tested without a GPU; docs/tuning.md has the reasons.
+#pragma once
+
+#include <cstdint>
+
+#include "protocol/args.hpp"
+#include "protocol/shape.hpp"
+
+namespace deep_a2a::cuda {
+
+constexpr int kBlockThreads = 512;
+constexpr int kBlockWarps = kBlockThreads / 32;
+
+// What a device offers to one block, and how many blocks can be resident.
+struct DeviceLimits {
+  int num_sms = 0;
+  int shared_bytes = 0;
+};
+
+// Who counts the tokens: each block its share, or, where they are few, each block all of them, with no need to meet.
+enum class Counting : int { kShared = 0, kAlone = 1 };
+
+// Of dispatch. Offsets are in the arena, in bytes.
+struct DispatchPlan {
+  Counting counting = Counting::kShared;
+  int count_warps = 0;  // that count tokens
+  int ring_offset = 0;  // behind what D3 leaves in the arena; the rings, before them the counters of D1 and D3
+  int move_warps = 0;   // that move rows, each with a ring
+  int num_stages = 0;   // of a ring
+  int stage_bytes = 0;
+  int side_offset = 0;  // in a stage, behind the payload: scales, then the route record, then where the row goes
+  int record_offset = 0;
+  int rows_offset = 0;
+  int num_targets = 0;   // lanes of a warp that store: one for each rank that a row can go to, or for each top-k slot
+  int chunk_bytes = 0;   // of a row's input, that one stage takes
+  int num_chunks = 0;    // of a row
+  int shared_bytes = 0;  // dynamic shared memory of the block
+};
+
+struct CombinePlan {
+  int num_pairs = 0;     // of a warp that loads and a warp that adds, each with a ring
+  int num_stages = 0;    // of a ring: at least as many as a sum has terms
+  int chunk_bytes = 0;   // of a row, in one stage
+  int num_chunks = 0;    // of a row
+  int batch_tokens = 0;  // tokens whose sums follow the own rows that they may need
+  int shared_bytes = 0;
+};
+
+// Both throw std::invalid_argument where a block cannot hold what the shape needs.
+DispatchPlan plan_dispatch(const Shape& shape, const DispatchArgs& args, const DeviceLimits& limits);
+CombinePlan plan_combine(const Shape& shape, int num_sms, const DeviceLimits& limits);
+
+// `num_sms` if the device has as many; 0 asks for the default.
+int check_num_sms(int num_sms, const DeviceLimits& limits);
+
+}  // namespace deep_a2a::cuda

@@ -1,0 +1,192 @@
+"""A dispatch of the CUDA backend: its blocks of device memory, and the launches of its halves."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deep_a2a.arrays import Array, Library
+from deep_a2a.backend import DispatchRequest, Halves, Received
+from deep_a2a.received import ReceivedBlocks
+from deep_a2a.slot_use import CudaSlotUse
+from deep_a2a.streams import CudaEvent
+
+if TYPE_CHECKING:
+    from deep_a2a import _cuda
+    from deep_a2a.cuda_backend import CudaBackend
+
+
+@dataclass
+class CudaHandle:
+    """What a dispatch handle keeps on the GPU: the way of the tokens of this rank, and the rows that it received."""
+
+    library: Library
+    source: Array
+    kept: ReceivedBlocks
+    received: CudaEvent | None = None  # None before the receive half is launched
+
+
+class CudaDispatch:
+    """See ``backend.DispatchCall``.
+
+    Memory is taken on the caller's stream before the lane's stream waits for that: whoever used the memory before has
+    been waited for then.
+    """
+
+    def __init__(self, backend: CudaBackend, request: DispatchRequest, slot: int) -> None:
+        self._backend, self._request, self._slot = backend, request, slot
+        self._library = library = request.payload.library
+        self._lane = backend.lanes[request.lane]
+        self._reader, capturing = backend.begin(library)  # the stream of the result's reader
+        self._sizes = self._known_sizes()
+        if capturing and self._sizes is None:
+            raise ValueError("host_sync must be False while a CUDA graph is captured, got True: a graph has no host")
+        self._result = ReceivedBlocks.for_counts(backend, library)
+        if request.handle is None:
+            num_bytes = max(backend.rank.source_bytes(request.payload.num_tokens), 1)
+            source = library.describe(library.empty((num_bytes,), "uint8", backend.device))
+            self.handle = CudaHandle(library, source, ReceivedBlocks.for_counts(backend, library))
+        else:
+            self.handle = request.handle.call
+        self._x: Any = None
+        self._scales: Any = None
+        if self._sizes is not None:
+            self._make_room()
+        self._stream = self._lane.enter(self._reader, capturing)
+        if request.handle is not None and self.handle.received is not None:
+            self.handle.received.block_within(self._stream, capturing)
+        backend.follow(request.previous, self._stream)
+        self._launched = backend.half.both if self._ends_at_once() else backend.half.send
+        self._ticket = self._launch(self._launched)
+        self.sent = self._event = backend.leave(self._lane, self._stream, self._library, capturing)
+        self.slot_use = CudaSlotUse(backend, library, slot, self._reader, self._stream, self._event)
+
+    def wait_counts(self) -> None:
+        if self._sizes is None:
+            rank, lane = self._backend.rank, self._request.lane
+            self._sizes = rank.wait_counts(lane=lane, ticket=self._ticket, stream=self._stream)
+
+    def receive(self) -> Received:
+        backend = self._backend
+        capturing = self._event.captured
+        if self._launched is backend.half.send:
+            self._reader, capturing = backend.begin(self._library)
+            if self._result.routing is None:
+                self._make_room()
+                self._stream = self._lane.enter(self._reader, capturing)
+            else:
+                self._stream = self._lane.current(self._reader, capturing)
+            self._launch_receive()
+        if self._request.owned:
+            self._copy_out()
+        if self._request.owned or self._launched is backend.half.receive:
+            self._event = backend.leave(self._lane, self._stream, self._library, capturing)
+        if self._request.handle is None:
+            self.handle.received = self._event
+        self.slot_use.move_to(self._reader, self._stream, self._event)
+        return self._received()
+
+    def abandon(self) -> CudaEvent | None:
+        # A refused dispatch has no second half, but the refusal that was raised may be that of an earlier one.
+        if self._launched is not self._backend.half.send or self._backend.is_poisoned():
+            return None
+        with contextlib.suppress(RuntimeError):  # the failure that led here is the one to raise
+            self._result.drop_routing()  # there may be room for some of it only
+            if self._request.handle is None:
+                self.handle.kept.drop_routing()
+            capturing = self._event.captured
+            self._stream = self._lane.current(self._reader, capturing)
+            self._launch_receive()
+            self._event = self._backend.leave(self._lane, self._stream, self._library, capturing)
+            self.slot_use.move_to(self._reader, self._stream, self._event)
+            return self._event
+        return None
+
+    def _ends_at_once(self) -> bool:
+        return self._sizes is not None and self._request.halves is Halves.together
+
+    def _known_sizes(self) -> tuple[int, int] | None:
+        """Rows and rank rows to make room for, where the host need not wait for them."""
+        handle, shape = self._request.handle, self._backend.shape
+        if self._request.fixed_shapes:
+            return shape.slot_rows, shape.slot_rank_rows
+        return None if handle is None else (handle.num_rows or 0, handle.num_rank_rows or 0)
+
+    def _make_room(self) -> None:
+        """For what takes as much memory as there are rows."""
+        assert self._sizes is not None
+        num_rows, num_rank_rows = self._sizes
+        backend, payload, library = self._backend, self._request.payload, self._library
+        self._result.add_routing(backend, library, num_rank_rows)
+        if self._request.handle is None:
+            self.handle.kept.add_routing(backend, library, num_rank_rows)
+        if self._request.owned:
+            hidden, columns = backend.settings.hidden, payload.scale_columns
+            self._x = library.empty((num_rows, hidden), payload.dtype, backend.device)
+            if payload.scale_dtype is not None:
+                self._scales = library.empty((num_rows, columns), payload.scale_dtype, backend.device)
+
+    def _launch(self, half: _cuda.Half) -> int:
+        request, payload = self._request, self._request.payload
+        rows, scales, idx = payload.rows, payload.scales, request.topk_idx
+        kept, result = self.handle.kept, self._result
+        return self._backend.rank.dispatch(
+            stream=self._stream,
+            lane=request.lane,
+            slot=self._slot,
+            half=half,
+            num_sms=self._backend.num_sms,
+            x=rows.pointer,
+            x_pitch=rows.strides[0],
+            num_tokens=payload.num_tokens,
+            payload_bytes=payload.payload_bytes,
+            scales=0 if scales is None else scales.pointer,
+            scales_pitch=0 if scales is None else scales.strides[0],
+            scale_bytes=payload.scale_bytes,
+            format_code=payload.format_code,
+            topk_idx=0 if idx is None else idx.pointer,
+            topk_idx_bytes=0 if idx is None else idx.item_bytes,
+            topk_weights=0 if request.topk_weights is None else request.topk_weights.pointer,
+            cast=payload.cast,
+            scale_format=payload.scale_format,
+            zero_padding=request.zero_padding,
+            cached=request.handle is not None,
+            source=self.handle.source.pointer,
+            kept_counts=kept.counts.pointer,
+            kept_routing=kept.routing_pointer,
+            kept_capacity=kept.capacity,
+            result_counts=result.counts.pointer,
+            result_routing=result.routing_pointer,
+            result_capacity=result.capacity,
+        )
+
+    def _launch_receive(self) -> None:
+        self._launched = self._backend.half.receive
+        self._launch(self._launched)
+
+    def _copy_out(self) -> None:
+        assert self._sizes is not None
+        payload, library = self._request.payload, self._library
+        self._backend.rank.copy_out(
+            stream=self._stream,
+            slot=self._slot,
+            num_rows=self._sizes[0],
+            payload_bytes=payload.payload_bytes,
+            scale_bytes=payload.scale_bytes,
+            rows=library.describe(self._x).pointer,
+            scales=0 if self._scales is None else library.describe(self._scales).pointer,
+        )
+
+    def _received(self) -> Received:
+        assert self._sizes is not None
+        backend, request, payload, library = self._backend, self._request, self._request.payload, self._library
+        num_rows, num_rank_rows = self._sizes
+        x, scales = self._x, self._scales
+        if not request.owned:
+            hidden, columns = backend.settings.hidden, payload.scale_columns
+            x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
+            if payload.scale_dtype is not None:
+                scales = backend.view(library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, 16)
+        known = (None, None) if request.fixed_shapes else (num_rows, num_rank_rows)
+        return self._result.as_received(backend, library, x, scales, known, self._event)
