@@ -50,6 +50,7 @@ class CudaBackend:
         self._rank: _cuda.Rank | None = rank
         self._timeout_s = timeout_s
         self._capturing = False
+        self._released: dict[int, CudaEvent] = {}  # by slot: its last release
         self._views: WindowViews | None = WindowViews(self.shape, lambda library: _wrap(library, window, device))
 
     @property
@@ -104,6 +105,18 @@ class CudaBackend:
         """The point that the lane has come to on `stream`."""
         # An event may be kept for long: it refers to nothing of its operation.
         return lane.leave(stream, functools.partial(self.current_stream, library), self.check, capturing)
+
+    def slot_released(self, slot: int, stream: int, library: Library, capturing: bool) -> None:
+        """A release of the slot has been launched on `stream`."""
+        native = self._native.Event(self.lanes[0].device)
+        native.record(stream)
+        current = functools.partial(self.current_stream, library)
+        self._released[slot] = CudaEvent(native, stream, current, self.check, capturing)
+
+    def follow_release(self, slot: int, stream: int, capturing: bool) -> None:
+        """Makes `stream` wait for the last release of the slot."""
+        if slot in self._released:
+            self._released[slot].block_within(stream, capturing)
 
     def current_stream(self, library: Library) -> StreamRef:
         """The caller's. The emulator's null stream does everything at once, as host memory needs it."""

@@ -57,10 +57,11 @@ class CudaDispatch:
         if request.handle is not None and self.handle.received is not None:
             self.handle.received.block_within(self._stream, capturing)
         backend.follow(request.previous, self._stream)
+        backend.follow_release(slot, self._stream, capturing)
         self._launched = backend.half.both if self._ends_at_once() else backend.half.send
         self._ticket = self._launch(self._launched)
         self.sent = self._event = backend.leave(self._lane, self._stream, self._library, capturing)
-        self.slot_use = CudaSlotUse(backend, library, slot, self._reader, self._stream, self._event)
+        self.slot_use = CudaSlotUse(backend, library, slot, self._lane, self._reader, self._stream, self._event)
 
     def wait_counts(self) -> None:
         if self._sizes is None:
@@ -80,6 +81,8 @@ class CudaDispatch:
             self._launch_receive()
         if self._request.owned:
             self._copy_out()
+            self.slot_use.move_to(self._reader, self._stream, self._event)
+            self.slot_use.end_on_lane()
         if self._request.owned or self._launched is backend.half.receive:
             self._event = backend.leave(self._lane, self._stream, self._library, capturing)
         if self._request.handle is None:
@@ -187,6 +190,6 @@ class CudaDispatch:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
             if payload.scale_dtype is not None:
-                scales = backend.view(library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, 16)
+                scales = backend.view(library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, 128)
         known = (None, None) if request.fixed_shapes else (num_rows, num_rank_rows)
         return self._result.as_received(backend, library, x, scales, known, self._event)

@@ -73,11 +73,13 @@ class Operations:
             self._keep(call.sent, call, request)
 
         def receive() -> CombineResult:
-            with self._lock:
-                self._check_open()
-                event = call.receive()
-                self._keep(event, call, request)  # the rows too: where they are lent, peers read them until the end
-            self._end(request.lane)
+            try:
+                with self._lock:
+                    self._check_open()
+                    event = call.receive()
+                    self._keep(event, call, request)  # the rows too: where they are lent, peers read them until the end
+            finally:
+                self._end(request.lane)
             if not async_op:
                 event.wait()
             return CombineResult(call.x, call.side, event if async_op else None)

@@ -96,7 +96,7 @@ class DispatchResult(_ShortRepr):
         x: payload dtype (bfloat16, float8_e4m3fn or float8_e5m2). Layouts "rank" and "expert": [rows, hidden];
             "padded": [num_local_experts, expert_capacity, hidden].
         scales: of FP8 payloads, None for BF16. Shaped like `x`, with a last dimension of ceil(hidden / 128); float32,
-            or uint8 for UE8M0 (exponent + 127). Leased, its rows lie at multiples of 16 bytes, so it need not be
+            or uint8 for UE8M0 (exponent + 127). Leased, its rows lie at multiples of 128 bytes, so it need not be
             contiguous.
         topk_idx: int32 [rank_rows, num_topk], for each top-k slot of the token the LOCAL expert, 0 to
             num_local_experts - 1; -1 where the slot's expert is on another rank, or none.

@@ -78,7 +78,7 @@ class LaneStream:
 
     def __init__(self, native: Any, device: int, choice: StreamChoice) -> None:
         self._native = native
-        self._device = device
+        self.device = device
         self._own: _cuda.Stream | None = native.Stream(device) if choice is StreamChoice.own else None
         self._joint: _cuda.Event = native.Event(device)
         self._last: CudaEvent | None = None
@@ -101,10 +101,15 @@ class LaneStream:
         self, stream: int, current: Callable[[], StreamRef], check: Callable[[], None], capturing: bool
     ) -> CudaEvent:
         """The point that `stream`, which came from `enter`, is at."""
-        native = self._native.Event(self._device)
+        native = self._native.Event(self.device)
         native.record(stream)
         self._last = CudaEvent(native, stream, current, check, capturing)
         return self._last
+
+    def block_last(self, stream: int, capturing: bool) -> None:
+        """Makes `stream` wait for the lane's last operation."""
+        if self._last is not None:
+            self._last.block_within(stream, capturing)
 
     def wait_idle(self, deadline: float) -> bool:
         """Blocks until nothing that the lane has launched is under way; False if something still is at `deadline`."""

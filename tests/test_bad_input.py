@@ -136,7 +136,9 @@ def moved(value: Any, device: torch.device) -> Any:
     """With its tensors on the device, laid out as they were."""
     if isinstance(value, tuple):
         return tuple(moved(each, device) for each in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
 
 
 def dispatch_badly(group: dist.ProcessGroup, backend: str) -> dict[str, tuple[str, str]]:

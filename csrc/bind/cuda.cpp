@@ -60,7 +60,8 @@ void bind_device(py::module_& m) {
 
 void bind_window(py::module_& m) {
   py::class_<cuda::Window, std::shared_ptr<cuda::Window>>(m, "Window", py::module_local())
-      .def_static("create", &cuda::Window::create, py::arg("nbytes"), py::arg("device"))
+      .def_static("create", &cuda::Window::create, py::arg("nbytes"), py::arg("device"),
+                  py::call_guard<py::gil_scoped_release>())
       .def_static(
           "open",
           [](const py::bytes& handle, int64_t nbytes, int device) {

@@ -101,8 +101,8 @@ void Rank::check(const DispatchArgs& args, const Handle* cached) const {
                      args.format.payload_bytes <= s.max_payload_bytes(),
                  "a row of x must have whole 16 bytes, at most ", s.max_payload_bytes(), ", got ",
                  args.format.payload_bytes);
-  check_argument(args.format.code >= 0 && args.format.code < 128, "the code of a row format must be in [0, 128), got ",
-                 args.format.code);
+  check_argument(args.format.code >= 0 && args.format.code < kCastCode,
+                 "the code of a row format must be in [0, 64), got ", args.format.code);
   check_argument(args.format.scale_bytes >= 0 && args.format.scale_bytes <= s.max_scale_bytes(), "a row of scales has ",
                  args.format.scale_bytes, " bytes, expected at most ", s.max_scale_bytes());
   check_argument(cached == nullptr || cached->num_tokens == args.num_tokens, "x has ", args.num_tokens,

@@ -133,17 +133,20 @@ __device__ inline void write_counts(const Context& c, const BasesArena& arena, i
   to.num_received[1] = arena.rank_rows[c.team.rank];
 }
 
-// A host that waits for the sizes goes on from here.
+// A host that waits for the sizes goes on from here. None waits for a launch in a graph, which has no ticket.
 __device__ inline void report_counts(const Context& c, uint64_t ticket, int32_t num_rows, int32_t num_rank_rows) {
+  if (ticket == 0) return;
   CountReport& report = c.team.mailbox->counts[c.lane];
   report.num_rows = num_rows;
   report.num_rank_rows = num_rank_rows;
   ptx::st_release_sys(&report.ticket, ticket);
 }
 
-// The count vectors, for the host to say why; the first refusal stays until the host has read it.
+// The count vectors, for the host to say why; the first refusal stays until the host has read it. All threads of a
+// block.
 __device__ inline void report_refusal(const Context& c) {
-  if (ptx::ld_relaxed_sys(&c.team.mailbox->refusal_set) != 0) return;
+  const bool claims = threadIdx.x == 0 && ptx::atom_exch_acq_rel_gpu(&c.team.control->refusal_reported, 1) == 0;
+  if (!__syncthreads_or(claims)) return;
   const auto* from = reinterpret_cast<const int32_t*>(c.own(Region::kCounts, c.lane));
   auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts);
   const int64_t words = c.num_ranks() * c.sizes.counts_bytes / 4;

@@ -37,6 +37,13 @@ __device__ bool d0_slot_credit(const Context& c, const DispatchTask& t) {
   return all_of_block(ok);
 }
 
+// Rows that are pulled lie in one region or another, depending on whether their source has cast them: whoever pulls
+// them has to have been called alike.
+__device__ uint32_t dispatch_tag(const DispatchTask& t, const Shape& shape) {
+  const bool cast_by_source = t.args.cast != Cast::kNone && shape.row_per_expert();
+  return Tag::dispatch(t.args.slot, t.args.format.code | (cast_by_source ? kCastCode : 0), t.cached);
+}
+
 // D1 to D3; shared.refused where all ranks refuse the dispatch. False where the kernel has to be left.
 __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   const CountArena arena(c, t.plan);
@@ -114,7 +121,7 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
 
 // What one rank row of this source takes on its way to another GPU.
 __device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
-  return t.args.format.payload_bytes + t.args.format.scale_pitch() + (t.cached ? 0 : c.sizes.record_bytes);
+  return t.args.format.payload_bytes + t.args.format.scale_span() + (t.cached ? 0 : c.sizes.record_bytes);
 }
 
 // By the last block, after all others have done their part. A dispatch that is refused has used its slot like any
@@ -136,7 +143,8 @@ __device__ Course close(const Context& c, const DispatchTask& t, Course course) 
   return course;
 }
 
-// Of a dispatch that brought nothing: counts zero, and no expert in any slot.
+// Of a dispatch that brought nothing: counts zero, and no expert in any slot. With such a handle combine gives zeros,
+// and waits for nobody.
 __device__ void clear_result(const Context& c, const DispatchTask& t) {
   const auto clear = [&](const ReceivedArrays& arrays) {
     for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) arrays.counts[i] = 0;
@@ -144,15 +152,23 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
     const ReceivedRouting routing = ReceivedRouting::at(c.shape, arrays.capacity, arrays.routing);
     for (int64_t i = threadIdx.x; i < arrays.capacity * c.shape.num_topk; i += blockDim.x) write_route(routing, i, {});
   };
-  if (!t.cached) clear(t.kept);
   clear(t.result);
+  if (t.cached) return;
+  clear(t.kept);
+  for (int i = threadIdx.x; i < c.num_locals(); i += blockDim.x) t.source.rank_bases[i] = t.source.rank_rows[i] = 0;
+  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.num_locals(); i += blockDim.x) {
+    t.source.rank_places[i] = -1;
+  }
+  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.shape.num_topk; i += blockDim.x) {
+    t.source.experts[i] = -1;
+  }
 }
 
 }  // namespace
 
 __global__ void __launch_bounds__(kBlockThreads, 1)
     dispatch_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
-  const Context c(team, t.lane, t.half, Tag::dispatch(t.args.slot, t.args.format.code, t.cached));
+  const Context c(team, t.lane, t.half, dispatch_tag(t, team.shape));
   begin(c, t.half);
   Course course = Course::kGoOn;
   if (t.half != Half::kReceive) {

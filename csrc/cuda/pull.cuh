@@ -99,7 +99,7 @@ class Puller {
   }
 
   __device__ void load(const PullItem& it, int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks, pitch = t_.args.format.scale_pitch();
+    const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
     stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
     __syncwarp();
     if (lane_idx() != 0) return;
@@ -110,20 +110,23 @@ class Puller {
     }
     const char* rows = c_.region(it.source, pulled_region(t_), c_.lane);
     const char* scales = c_.region(it.source, Region::kInputScales, c_.lane);
-    const bool with_scales = chunk == 0 && pitch > 0;
-    ptx::mbarrier_arrive_expect_tx(full, chunk_bytes(chunk) + (with_scales ? pitch : 0));
+    const bool with_scales = chunk == 0 && span > 0;
+    ptx::mbarrier_arrive_expect_tx(full, chunk_bytes(chunk) + (with_scales ? span : 0));
     const int64_t offset = int64_t{it.from_row} * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
     ptx::bulk_load(stages_.payload(stage), rows + offset, chunk_bytes(chunk), full);
-    if (with_scales) ptx::bulk_load(stages_.scales(stage), scales + int64_t{it.from_row} * pitch, pitch, full);
+    if (!with_scales) return;
+    scales += int64_t{it.from_row} * t_.args.format.scale_pitch();
+    ptx::bulk_load(stages_.scales(stage), scales, span, full);
   }
 
   __device__ void store(int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks, pitch = t_.args.format.scale_pitch();
+    const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
     const int64_t row = stages_.kept_row(stage);
     if (row < 0) return;
     char* to = rows_ + row * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
     ptx::bulk_store(to, stages_.payload(stage), chunk_bytes(chunk));
-    if (chunk == 0 && pitch > 0) ptx::bulk_store(scales_ + row * pitch, stages_.scales(stage), pitch);
+    if (chunk != 0 || span == 0) return;
+    ptx::bulk_store(scales_ + row * t_.args.format.scale_pitch(), stages_.scales(stage), span);
   }
 
   const Context& c_;

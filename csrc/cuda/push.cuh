@@ -48,6 +48,7 @@ __device__ void move_items(const Stages& stages, int first, int step, int num_it
   for (int i = 0; i < num_stages; ++i) refill();
   for (int item = first; item < num_items; item += step) {
     wait_full(stages.full + storing.stage, storing.parity);
+    ptx::fence_proxy_async_shared();  // what a bulk load has written is read by bulk stores
     store(item, storing.stage);
     ptx::bulk_commit();
     storing.advance(num_stages);
@@ -165,7 +166,7 @@ class Pusher {
     const int chunk = item % t_.plan.num_chunks;
     const int64_t row = stages_.kept_row(stage);
     int payload = input_bytes(chunk), payload_offset = chunk * t_.plan.chunk_bytes;
-    int scales = chunk == 0 ? t_.args.format.scale_pitch() : 0, scales_offset = 0;
+    int scales = chunk == 0 ? t_.args.format.scale_span() : 0, scales_offset = 0;
     if (casts() && __any_sync(kFullWarp, row >= 0)) {
       const int group_bytes = t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4;
       scales_offset = payload_offset / 2 / kScaleGroupChannels * group_bytes;

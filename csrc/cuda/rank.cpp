@@ -68,8 +68,8 @@ Rank::~Rank() {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
+  cudaFree(control_memory_);  // waits for what is on any stream, releases of slots among it
   say_farewell(shape(), team_.rank, device_, windows_);
-  cudaFree(control_memory_);
   cudaFreeHost(mailbox_memory_);
   cudaSetDevice(before);
 }
@@ -100,10 +100,17 @@ void Rank::place_input(cudaStream_t stream, DispatchTask& task) {
   DispatchArgs& args = task.args;
   char* window_rows = own(Region::kInputRows, task.lane);
   const bool cast_by_source = args.cast != Cast::kNone && shape().row_per_expert();  // reads rows with ordinary loads
-  const bool aligned = is_aligned(args.x, args.x_pitch);
-  if (args.x == window_rows || args.num_tokens == 0 || (aligned && (cast_by_source || !shape().row_per_expert())))
-    return;
   const int64_t bytes = args.cast != Cast::kNone ? shape().max_payload_bytes() : args.format.payload_bytes;
+  if (args.num_tokens <= 1) args.x_pitch = bytes;
+  const bool read_in_place = is_aligned(args.x, args.x_pitch) && (cast_by_source || !shape().row_per_expert());
+  const bool lent = args.x == window_rows && args.x_pitch == bytes;
+  if (lent || read_in_place || args.num_tokens == 0) return;
+  const auto* first = static_cast<const char*>(args.x);
+  check_argument(args.x_pitch >= bytes, "x has rows of ", bytes, " bytes that start ", args.x_pitch,
+                 " bytes apart, expected rows that do not overlap");
+  const char* end_of_lent = window_rows + shape().max_tokens * shape().max_payload_bytes();
+  check_argument(first >= end_of_lent || first + args.num_tokens * args.x_pitch <= window_rows,
+                 "x is a part of the lent input, expected its first rows as they are, or memory of your own");
   check_cuda(cudaMemcpy2DAsync(window_rows, static_cast<size_t>(bytes), args.x, static_cast<size_t>(args.x_pitch),
                                static_cast<size_t>(bytes), static_cast<size_t>(args.num_tokens),
                                cudaMemcpyDeviceToDevice, stream),
@@ -119,7 +126,9 @@ uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source) {
   task.plan = plan_dispatch(shape(), task.args, limits_);
   task.source.lay_out(shape(), task.args.num_tokens, static_cast<char*>(source));
   task.block_counts = scratch_ + task.lane * scratch_words_;
-  task.ticket = task.half == Half::kReceive ? tickets_ : ++tickets_;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(launch.stream, &capture), "cudaStreamIsCapturing");
+  if (capture == cudaStreamCaptureStatusNone) task.ticket = task.half == Half::kReceive ? tickets_ : ++tickets_;
   if (task.half != Half::kReceive) place_input(launch.stream, task);
   launch_dispatch(used, team_, task);
   return task.ticket;
@@ -196,7 +205,14 @@ void Rank::check() {
   check_faults();
   if (read_pinned(team_.mailbox->refusal_set) == 0) return;
   const Verdict verdict = agree(shape(), AllCounts(shape(), team_.refused_counts));
-  if (!verdict.slots_disagree) __atomic_store_n(&team_.mailbox->refusal_set, 0, __ATOMIC_RELEASE);
+  if (!verdict.slots_disagree) {
+    __atomic_store_n(&team_.mailbox->refusal_set, 0, __ATOMIC_RELEASE);
+    const OnDevice on(device_);
+    check_cuda(cudaMemsetAsync(&team_.control->refusal_reported, 0, sizeof(uint32_t), stream_.get()),
+               "taking back the report of a refusal");
+    stream_.synchronize();
+  }
+  if (!verdict.refusal) throw CommError("a dispatch was refused, and its counts do not say why");
   std::rethrow_exception(verdict.refusal);
 }
 

@@ -64,29 +64,59 @@ __device__ inline uint4 rounded(const float* sum) {
                     ptx::float2_to_bf16x2(sum[4], sum[5]), ptx::float2_to_bf16x2(sum[6], sum[7]));
 }
 
-// Adds chunks that lie in consecutive stages from `at` on, with the weights of the first lanes. kCount is their number,
-// or 0 where it is only known as `count`. Several vectors of a lane are under way at once.
-template <Weighting kWeighting, int kCount>
-__device__ void add_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
-  constexpr int kVectors = kCount > 0 ? 4 : 1, kStride = kWarpThreads * 16;
-  for (int first = 0; first < bytes; first += kVectors * kStride) {
-    float sums[kVectors][8] = {};
+// Adds vectors of a lane that lie kStride apart, at `offset` of each of the chunks; several are under way at once.
+template <Weighting kWeighting, int kCount, int kVectors>
+__device__ inline void add_vectors(const char* const* chunks, const float* weights, int offset, char* out) {
+  constexpr int kStride = kWarpThreads * 16;
+  float sums[kVectors][8];
 #pragma unroll
-    for (int term = 0; term < (kCount > 0 ? kCount : kMaxTopk); ++term) {
-      if (kCount == 0 && term >= count) break;
-      const float term_weight = kWeighting == Weighting::kByTerm ? __shfl_sync(kFullWarp, weight, term) : 1.0f;
-      const char* from = ring.stage(ring.at(at, term).stage) + first + lane_idx() * 16;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (first + i * kStride + lane_idx() * 16 >= bytes) continue;
-        add_term<kWeighting>(sums[i], *reinterpret_cast<const uint4*>(from + i * kStride), term_weight, term == 0);
-      }
-    }
+  for (int term = 0; term < kCount; ++term) {
+    uint4 packed[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int offset = first + i * kStride + lane_idx() * 16;
-      if (offset < bytes) *reinterpret_cast<uint4*>(out + offset) = rounded(sums[i]);
+      packed[i] = *reinterpret_cast<const uint4*>(chunks[term] + offset + i * kStride);
     }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) add_term<kWeighting>(sums[i], packed[i], weights[term], term == 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) *reinterpret_cast<uint4*>(out + offset + i * kStride) = rounded(sums[i]);
+}
+
+// Adds kCount chunks that lie in consecutive stages from `at` on, with the weights of the first lanes.
+template <Weighting kWeighting, int kCount>
+__device__ void add_chunks(const SumRing& ring, RingPosition at, float weight, char* out, int bytes) {
+  constexpr int kVectors = 7, kStride = kWarpThreads * 16;
+  const char* chunks[kCount];
+  float weights[kCount];
+#pragma unroll
+  for (int term = 0; term < kCount; ++term) {
+    chunks[term] = ring.stage(ring.at(at, term).stage) + lane_idx() * 16;
+    weights[term] = kWeighting == Weighting::kByTerm ? __shfl_sync(kFullWarp, weight, term) : 1.0f;
+  }
+  out += lane_idx() * 16;
+  int offset = 0;
+  for (; offset + kVectors * kStride <= bytes; offset += kVectors * kStride) {
+    add_vectors<kWeighting, kCount, kVectors>(chunks, weights, offset, out);
+  }
+  for (; offset + lane_idx() * 16 < bytes; offset += kStride) {
+    add_vectors<kWeighting, kCount, 1>(chunks, weights, offset, out);
+  }
+}
+
+// The same for any number of chunks, none included.
+template <Weighting kWeighting>
+__device__ void add_many_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
+  for (int first = 0; first < bytes; first += kWarpThreads * 16) {
+    const int offset = first + lane_idx() * 16;
+    float sum[8] = {};
+    for (int term = 0; term < count; ++term) {
+      const float term_weight = kWeighting == Weighting::kByTerm ? __shfl_sync(kFullWarp, weight, term) : 1.0f;
+      if (offset >= bytes) continue;
+      const char* from = ring.stage(ring.at(at, term).stage) + offset;
+      add_term<kWeighting>(sum, *reinterpret_cast<const uint4*>(from), term_weight, term == 0);
+    }
+    if (offset < bytes) *reinterpret_cast<uint4*>(out + offset) = rounded(sum);
   }
 }
 
@@ -94,15 +124,15 @@ template <Weighting kWeighting>
 __device__ void add_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
   switch (count) {
     case 1:
-      return add_chunks<kWeighting, 1>(ring, at, count, weight, out, bytes);
+      return add_chunks<kWeighting, 1>(ring, at, weight, out, bytes);
     case 2:
-      return add_chunks<kWeighting, 2>(ring, at, count, weight, out, bytes);
+      return add_chunks<kWeighting, 2>(ring, at, weight, out, bytes);
     case 3:
-      return add_chunks<kWeighting, 3>(ring, at, count, weight, out, bytes);
+      return add_chunks<kWeighting, 3>(ring, at, weight, out, bytes);
     case 4:
-      return add_chunks<kWeighting, 4>(ring, at, count, weight, out, bytes);
+      return add_chunks<kWeighting, 4>(ring, at, weight, out, bytes);
     default:
-      return add_chunks<kWeighting, 0>(ring, at, count, weight, out, bytes);
+      return add_many_chunks<kWeighting>(ring, at, count, weight, out, bytes);
   }
 }
 
@@ -126,6 +156,7 @@ __device__ inline void sum_chunk(const SumRing& ring, RingPosition& at, const Te
     if (term.row != nullptr) {
       const RingPosition mine = ring.at(at, __popc(present & lanes_below()));
       wait_full(ring.empty + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
+      ptx::fence_proxy_async_shared();  // what the other warp has read is overwritten by a bulk load
       ptx::mbarrier_arrive_expect_tx(ring.full + mine.stage, bytes);
       ptx::bulk_load(ring.stage(mine.stage), term.row + chunk_offset, bytes, ring.full + mine.stage);
     }
@@ -137,7 +168,6 @@ __device__ inline void sum_chunk(const SumRing& ring, RingPosition& at, const Te
     } else {
       add_chunks<Weighting::kNone>(ring, at, count, 1.0f, out, bytes);
     }
-    ptx::fence_proxy_async_shared();  // what was read is overwritten by bulk loads
     __syncwarp();
     if (lane_idx() < count) ptx::mbarrier_arrive(ring.empty + ring.at(at, lane_idx()).stage);
   }

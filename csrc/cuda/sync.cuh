@@ -28,9 +28,13 @@ __device__ inline uint64_t abort_word(const Context& c) {
   return ptx::ld_acquire_sys(c.word(c.local_rank(), Region::kAbort, 0, 0));
 }
 
-// Hands the host the record of whoever gave up; the first one stays.
+// One thread of the rank's kernels hands the host a record, its own or that of whoever gave up.
+__device__ inline bool claims_report(const Context& c) {
+  return ptx::atom_exch_acq_rel_gpu(&c.team.control->fault_reported, 1) == 0;
+}
+
 __device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
-  if (ptx::ld_relaxed_sys(&c.team.mailbox->fault_set) != 0) return;
+  if (!claims_report(c)) return;
   const auto* records = reinterpret_cast<const FaultRecord*>(c.own(Region::kFaults, 0));
   const auto* from = reinterpret_cast<const uint64_t*>(records + (aborted_by - 1));
   auto* to = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
@@ -38,10 +42,9 @@ __device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
   ptx::st_release_sys(&c.team.mailbox->fault_set, aborted_by);
 }
 
-// The first thread of this rank to give up tells every rank of the node; others find that it has. What a rank found
-// itself is what its host hears, whoever else gives up at the same time.
+// The first thread of this rank to give up tells every rank of the node; others find that it has.
 __device__ inline void give_up(const Context& c, const FaultRecord& record) {
-  if (ptx::atom_exch_acq_rel_gpu(&c.control.gave_up, 1) != 0) return;
+  if (!claims_report(c)) return;
   const auto* from = reinterpret_cast<const uint64_t*>(&record);
   auto* mailbox = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
   for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = from[i];
@@ -89,6 +92,10 @@ __device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step 
   if (!wait_until(c, step, peer, c.epoch, ready, seen)) return false;
   const uint32_t tag = Tag::of(ptx::ld_acquire_sys(word));
   if (tag == c.tag) return true;
+  if (const uint64_t by = abort_word(c)) {  // what an aborted operation has left behind is not a mismatch
+    report_fault(c, by);
+    return false;
+  }
   give_up(c, {Fault::kMismatch, step, c.team.rank, peer, c.lane, 0, c.epoch, c.tag, tag});
   return false;
 }

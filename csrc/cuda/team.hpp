@@ -25,7 +25,6 @@ struct LaneControl {
   uint64_t epoch;          // of the operation that began last
   uint64_t refused_epoch;  // of the dispatch that was refused last
   GridCounters grid;
-  uint32_t gave_up;  // a thread of this rank has
 };
 
 struct SlotControl {
@@ -37,6 +36,8 @@ struct Control {
   LaneControl lanes[kMaxLanes];
   SlotControl slots[kMaxSlots];
   unsigned long long wire_bytes;  // moved between GPUs so far
+  uint32_t fault_reported;        // a thread of this rank has taken it upon itself
+  uint32_t refusal_reported;      // likewise; the host takes it back when it has read why
 };
 
 // Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.

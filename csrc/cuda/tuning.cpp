@@ -60,11 +60,11 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   const int64_t input_bytes = casts ? s.max_payload_bytes() : args.format.payload_bytes;
   plan.num_targets = s.row_per_expert() ? s.num_topk : s.topology.ranks_per_node;
   const int64_t rows_bytes = align_up(plan.num_targets * 4, kRowAlignment);
-  const int64_t side = args.format.scale_pitch() + RouteRecord::bytes(s) + rows_bytes;
+  const int64_t side = args.format.scale_pitch() + aligned(RouteRecord::bytes(s)) + rows_bytes;
   const int64_t chunk = chunk_of(s, args, casts, left / 4 - side - kStageAlignment);
   plan.chunk_bytes = static_cast<int>(chunk);
   plan.num_chunks = static_cast<int>(ceil_div(input_bytes, chunk));
-  plan.side_offset = aligned(chunk, kRowAlignment);
+  plan.side_offset = aligned(chunk);
   plan.record_offset = plan.side_offset + args.format.scale_pitch();
   plan.rows_offset = plan.record_offset + static_cast<int>(RouteRecord::bytes(s));
   plan.stage_bytes = aligned(plan.rows_offset + rows_bytes);

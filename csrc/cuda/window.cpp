@@ -5,6 +5,7 @@
 
 #include "cuda/api.hpp"
 #include "cuda/farewell.hpp"
+#include "protocol/topology.hpp"
 
 namespace deep_a2a::cuda {
 
@@ -12,7 +13,9 @@ std::shared_ptr<Window> Window::create(int64_t bytes, int device) {
   drop_unused_windows();
   const OnDevice on(device);
   void* data = nullptr;
-  const cudaError_t status = cudaMalloc(&data, static_cast<size_t>(bytes));
+  // Smaller allocations may share a block of memory, and IPC opens whole blocks, each once.
+  constexpr int64_t kBlockBytes = 2 << 20;
+  const cudaError_t status = cudaMalloc(&data, static_cast<size_t>(align_up(bytes, kBlockBytes)));
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     throw std::bad_alloc();

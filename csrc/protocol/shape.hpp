@@ -11,7 +11,8 @@ namespace deep_a2a {
 
 enum class Layout : int { kRank = 0, kExpert = 1, kPadded = 2 };
 
-constexpr int kRowAlignment = 16;  // bytes; the unit of bulk copies
+constexpr int kRowAlignment = 16;     // bytes; the unit of bulk copies
+constexpr int kScaleAlignment = 128;  // bytes; small bulk copies that straddle such lines cost several times as much
 constexpr int kScaleGroupChannels = 128;
 constexpr int kMaxTopk = 32;
 constexpr int kMaxSlots = 64;
@@ -66,7 +67,7 @@ struct Shape {
   DEEP_A2A_HOST_DEVICE int64_t max_payload_bytes() const { return int64_t{hidden} * 2; }
   DEEP_A2A_HOST_DEVICE int num_scale_groups() const { return ceil_div(hidden, kScaleGroupChannels); }
   DEEP_A2A_HOST_DEVICE int64_t max_scale_bytes() const {
-    return align_up<int64_t>(int64_t{num_scale_groups()} * 4, kRowAlignment);
+    return align_up<int64_t>(int64_t{num_scale_groups()} * 4, kScaleAlignment);
   }
 };
 
@@ -89,6 +90,9 @@ inline void validate(const Shape& s) {
   check_argument(s.expert_alignment >= 1, "expert_alignment must be at least 1, got ", s.expert_alignment);
   check_argument(s.layout == Layout::kExpert || s.expert_alignment == 1,
                  "expert_alignment is for layout \"expert\" alone, got ", s.expert_alignment);
+  check_argument(s.layout != Layout::kExpert ||
+                     int64_t{s.num_local_experts()} * s.expert_alignment + s.all_tokens() * s.num_topk <= INT32_MAX,
+                 "expert_alignment = ", s.expert_alignment, " is too large: rows of all experts must fit 31 bits");
   check_argument(s.layout == Layout::kPadded ? s.expert_capacity >= 1 : s.expert_capacity == 0,
                  "expert_capacity must be at least 1 with layout \"padded\" and absent otherwise, got ",
                  s.expert_capacity);

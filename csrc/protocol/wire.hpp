@@ -89,10 +89,15 @@ struct CountVector {
 struct RowFormat {
   int32_t payload_bytes = 0;
   int32_t scale_bytes = 0;  // 0 where the format has no scales
-  int32_t code = 0;         // what the bytes mean, 0 to 127; only compared between ranks
+  int32_t code = 0;         // what the bytes mean, 0 to 63; only compared between ranks
 
-  DEEP_A2A_HOST_DEVICE int32_t scale_pitch() const { return align_up<int32_t>(scale_bytes, kRowAlignment); }
+  // From one row's scales to the next, in a window; and what a copy of one row's moves.
+  DEEP_A2A_HOST_DEVICE int32_t scale_pitch() const { return align_up<int32_t>(scale_bytes, kScaleAlignment); }
+  DEEP_A2A_HOST_DEVICE int32_t scale_span() const { return align_up<int32_t>(scale_bytes, kRowAlignment); }
 };
+
+// Beside a format's code in a tag: the source makes the rows from others.
+constexpr int kCastCode = 64;
 
 // One row of a stream between rail peers: payload, then side bytes, then route entries, each in whole 16 bytes.
 struct StreamRow {
