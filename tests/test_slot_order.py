@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +138,35 @@ def test_slices_of_lent_input(pools: Callable[[int], Pool], backend: str) -> Non
         assert [name for name, _ in errors] == ["ValueError"] * 3
         assert all("x is a part of the lent input" in text for _, text in errors[:2])
         assert "rows that do not overlap" in errors[2][1]
+
+
+def receive_behind_abort(group: dist.ProcessGroup, backend: str) -> tuple[str, str]:
+    """Rank 0 has both halves of a dispatch under way when rank 1 gives up on another lane."""
+    timeout_s = 1.5
+    with deep_a2a.Buffer(group, **place(backend), **{**SIZES, "timeout_s": timeout_s}) as buffer:
+        x, idx = tokens(buffer, 1.0, count=4)
+        result = buffer.dispatch(x, idx)  # keeps slot 0, so that the next tag is another
+        settle(buffer)
+        dist.barrier(group)
+
+        def dispatch_alone() -> None:
+            buffer.dispatch(x, idx, lane=1)
+            settle(buffer)
+
+        if buffer.rank == 1:
+            error = error_of(dispatch_alone)
+        else:
+            time.sleep(timeout_s / 2)
+            late = buffer.dispatch_send(x, idx, host_sync=False, async_op=True).recv()
+            assert late.event is not None
+            error = error_of(late.event.synchronize)
+        assert result.num_rows
+        return error
+
+
+@on_device_backends
+def test_receive_half_behind_an_abort(pools: Callable[[int], Pool], backend: str) -> None:
+    """It must not take what the aborted send half has left behind for another call of a peer."""
+    (first, text), (second, _) = pools(2).run(receive_behind_abort, backend)
+    assert (first, second) == ("PeerAbortError", "CommTimeoutError")
+    assert "rank 1 (node 0) gave up in step D3 bases" in text
