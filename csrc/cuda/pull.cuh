@@ -67,7 +67,7 @@ class Puller {
     const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first, num_items);
     move_items(
-        stages_, first, step, num_items,
+        stages_, Refill::kAfterStore, first, step, num_items,
         [&](int item, int stage) {
           load(next_, item, stage);
           next_ = fetch(item + step, num_items);

@@ -32,10 +32,15 @@ struct Stages {
   __device__ int32_t* rows(int stage) const { return reinterpret_cast<int32_t*>(payload(stage) + plan.rows_offset); }
 };
 
+// When the stage of the item before gets its next load: behind the stores of an item, where these are all there is to
+// do, or before an item is worked on, so that the load is under way meanwhile.
+enum class Refill : int { kAfterStore, kBeforeWork };
+
 // Runs one warp's items through its ring: load(item, stage) starts the loads of an item and arrives at the stage's
-// barrier once, store(item, stage) issues and nothing more. Returns when all stores are complete.
+// barrier once, store(item, stage) issues its stores. Returns when all of them are complete.
 template <class Load, class Store>
-__device__ void move_items(const Stages& stages, int first, int step, int num_items, Load&& load, Store&& store) {
+__device__ void move_items(const Stages& stages, Refill when, int first, int step, int num_items, Load&& load,
+                           Store&& store) {
   const int num_stages = stages.plan.num_stages;
   RingPosition filling, storing;
   int next = first;
@@ -49,10 +54,15 @@ __device__ void move_items(const Stages& stages, int first, int step, int num_it
   for (int item = first; item < num_items; item += step) {
     wait_full(stages.full + storing.stage, storing.parity);
     ptx::fence_proxy_async_shared();  // what a bulk load has written is read by bulk stores
+    if (when == Refill::kBeforeWork && item != first) {
+      ptx::bulk_wait_read<0>();
+      __syncwarp();
+      refill();
+    }
     store(item, storing.stage);
     ptx::bulk_commit();
     storing.advance(num_stages);
-    if (item != first) {  // the stage of the item before this one
+    if (when == Refill::kAfterStore && item != first) {
       ptx::bulk_wait_read<1>();
       __syncwarp();
       refill();
@@ -102,7 +112,7 @@ class Pusher {
     const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first);
     move_items(
-        stages_, first, step, num_items,
+        stages_, casts() ? Refill::kBeforeWork : Refill::kAfterStore, first, step, num_items,
         [&](int item, int stage) {
           load(next_, item, stage);
           next_ = fetch(item + step);  // after the fence of load(), which waits for whatever is under way
