@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
+MODULES = ("_cpu", "_emulated", "_cuda")  # the last one only where there is an nvcc
 OPTIONS = ("DEEP_A2A_CUDA", "DEEP_A2A_CUDA_ARCHS")  # of CMakeLists.txt, from the environment
 
 
@@ -36,6 +37,9 @@ class CMakeBuild(build_ext):
         )
         run_cmake("--build", str(self.build_dir))
         built = (self.build_dir / "modules.txt").read_text().split()
+        for left_out in set(MODULES) - set(built):  # of an earlier editable installation
+            for stale in (ROOT / "deep_a2a").glob(f"{left_out}.*.so"):
+                stale.unlink()
         self.extensions[:] = [ext for ext in self.extensions if ext.name.rpartition(".")[2] in built]
         super().build_extensions()
 
@@ -58,7 +62,6 @@ def run_cmake(*arguments: str) -> None:
         raise ExecError(f"failed, see the messages above: {' '.join(command)}")
 
 
-MODULES = ("_cpu", "_emulated", "_cuda")  # the last one only where there is an nvcc
 setup(
     ext_modules=[Extension(f"deep_a2a.{name}", sources=[]) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild},
