@@ -1,6 +1,8 @@
 # The native CPU backend (csrc/bind/cpu.cpp). Pointers are integers; Python has checked what they point to.
 import enum
 
+SCALE_ALIGNMENT: int  # bytes: from one row of received scales to the next
+
 class Layout(enum.Enum):
     rank = ...
     expert = ...

@@ -164,7 +164,9 @@ class CpuDispatch:
             return x, scales
         x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
         if payload.scale_dtype is not None:
-            scales = backend.view(library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, 128)
+            scales = backend.view(
+                library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, _cpu.SCALE_ALIGNMENT
+            )
         backend.engine.receive_dispatch(self._call, owned_rows=0, owned_scales=0)
         return x, scales
 

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deep_a2a._cpu import SCALE_ALIGNMENT
 from deep_a2a.arrays import Array, Library
 from deep_a2a.backend import DispatchRequest, Halves, Received
 from deep_a2a.received import ReceivedBlocks
@@ -190,6 +191,8 @@ class CudaDispatch:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
             if payload.scale_dtype is not None:
-                scales = backend.view(library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, 128)
+                scales = backend.view(
+                    library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, SCALE_ALIGNMENT
+                )
         known = (None, None) if request.fixed_shapes else (num_rows, num_rank_rows)
         return self._result.as_received(backend, library, x, scales, known, self._event)

@@ -219,6 +219,7 @@ void bind_row_math(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU backend of deep_a2a: the protocol over shared memory.";
   da::bind_errors();
+  m.attr("SCALE_ALIGNMENT") = da::kScaleAlignment;
   bind_shape(m);
   bind_window(m);
   bind_received(m);

@@ -50,25 +50,8 @@ __device__ bool make_ready(const Context& c, const CombineTask& t) {
   return true;
 }
 
-__device__ bool c2_wait_ready(const Context& c) {
-  const int local = static_cast<int>(threadIdx.x);
-  const bool ok = local < c.num_locals()
-                      ? wait_tagged(c, c.own_word(Region::kReadyFlag, local), Step::kC2Gather, c.neighbour(local))
-                      : not_aborted(c);
-  ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
-  return all_of_block(ok);
-}
-
 __device__ int64_t row_wire_bytes(const Context& c, const CombineTask& t) {
   return c.shape.max_payload_bytes() + (t.args.with_side ? c.shape.num_topk * 4 : 0);
-}
-
-// C5, by the last block: peers may overwrite what this rank has read, and this rank what they have.
-__device__ bool c5_credit_returned(const Context& c) {
-  signal_node(c, Region::kReadFlag, c.local_rank(), c.epoch);
-  const int local = static_cast<int>(threadIdx.x);
-  return all_of_block(local >= c.num_locals() || wait(c, c.own_word(Region::kReadFlag, local), c.epoch,
-                                                      Step::kC5CreditReturned, c.neighbour(local)));
 }
 
 }  // namespace
@@ -78,12 +61,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side));
   begin(c, t.half);
   if (t.half != Half::kReceive && !make_ready(c, t)) return;
-  if (t.half != Half::kSend && !c2_wait_ready(c)) return;
+  if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return;
+  ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
   if (!all_of_block(Sums(c, t).run())) return;
   if (t.half != Half::kSend && t.args.with_side) c2_gather_side(c, t);
   if (!last_block(c, c.control.grid.left)) return;
   if (t.half != Half::kSend) {
-    if (!c5_credit_returned(c)) return;
+    if (!return_rows(c, Step::kC5CreditReturned)) return;
     if (threadIdx.x == 0) count_wire_bytes(c, t.source, row_wire_bytes(c, t));
     give_lane_credit(c);
   }

@@ -8,6 +8,7 @@
 namespace deep_a2a::cuda {
 
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
+
 struct Context {
   const Team& team;
   const Shape& shape;

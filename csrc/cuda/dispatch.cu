@@ -3,6 +3,7 @@
 #include "cuda/course.cuh"
 #include "cuda/kernels.cuh"
 #include "cuda/pull.cuh"
+#include "cuda/push.cuh"
 
 namespace deep_a2a::cuda {
 namespace {
@@ -91,27 +92,10 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
   return Course::kGoOn;
 }
 
-// D6: everything that was promised has come, or can be pulled.
-__device__ bool d6_wait_sent(const Context& c) {
-  const int local = static_cast<int>(threadIdx.x);
-  return all_of_block(local < c.num_locals()
-                          ? wait_tagged(c, c.own_word(Region::kSentFlag, local), Step::kD6Sent, c.neighbour(local))
-                          : not_aborted(c));
-}
-
-// Rows that were pulled: the sources may overwrite theirs when all ranks of the node have read them.
-__device__ bool d6_wait_read(const Context& c) {
-  signal_node(c, Region::kReadFlag, c.local_rank(), c.epoch);
-  const int local = static_cast<int>(threadIdx.x);
-  return all_of_block(local >= c.num_locals() ||
-                      wait(c, c.own_word(Region::kReadFlag, local), c.epoch, Step::kD6Read, c.neighbour(local)));
-}
-
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
-  if (!d6_wait_sent(c)) return Course::kAborted;
+  if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
   if (c.shape.row_per_expert()) {
     ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
-    __syncthreads();
     Puller(c, t).run();
     if (t.args.zero_padding) d6_zero_padding(c, t);
   }
@@ -137,7 +121,7 @@ __device__ Course close(const Context& c, const DispatchTask& t, Course course) 
   }
   if (course == Course::kGoOn) {
     if (t.half == Half::kSend) return course;
-    if (c.shape.row_per_expert() && !d6_wait_read(c)) return Course::kAborted;
+    if (c.shape.row_per_expert() && !return_rows(c, Step::kD6Read)) return Course::kAborted;
   }
   give_lane_credit(c);
   return course;

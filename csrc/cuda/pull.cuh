@@ -2,8 +2,9 @@
 // rows of all its experts here, so that the link carries it once.
 #pragma once
 
-#include "cuda/push.cuh"
+#include "cuda/cast.cuh"
 #include "cuda/routing.cuh"
+#include "cuda/stages.cuh"
 
 namespace deep_a2a::cuda {
 

@@ -166,4 +166,20 @@ __device__ inline void signal_node(const Context& c, Region region, int64_t idx,
   if (local < c.num_locals()) signal(c.team, c.word(local, region, c.lane, idx), value);
 }
 
+// All threads: the tagged word of every rank of the node, or false in all of them. Whoever issues bulk loads of what
+// the words stand for has to fence the proxies first.
+__device__ inline bool wait_node_tagged(const Context& c, Region region, Step step) {
+  const int local = static_cast<int>(threadIdx.x);
+  return all_of_block(local < c.num_locals() ? wait_tagged(c, c.own_word(region, local), step, c.neighbour(local))
+                                             : not_aborted(c));
+}
+
+// All threads of the last block: this rank has read its peers' rows, and they have read its own.
+__device__ inline bool return_rows(const Context& c, Step step) {
+  signal_node(c, Region::kReadFlag, c.local_rank(), c.epoch);
+  const int local = static_cast<int>(threadIdx.x);
+  return all_of_block(local >= c.num_locals() ||
+                      wait(c, c.own_word(Region::kReadFlag, local), c.epoch, step, c.neighbour(local)));
+}
+
 }  // namespace deep_a2a::cuda

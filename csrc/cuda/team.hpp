@@ -47,8 +47,6 @@ struct CountReport {
   int32_t num_rank_rows;
 };
 
-enum class Outcome : uint64_t { kNone = 0, kRefused = 1, kAborted = 2 };
-
 struct Mailbox {
   CountReport counts[kMaxLanes];
   uint64_t fault_set;  // written after `fault`
@@ -65,8 +63,8 @@ struct Sizes {
   int32_t first_expert;  // of this rank
   int32_t node_first_expert;
   int32_t node_num_experts;
-  uint64_t
-      expert_reciprocal;  // e * expert_reciprocal >> 32 is e / num_local_experts, for as many experts as can be counted
+  // e * expert_reciprocal >> 32 is e / num_local_experts, for as many experts as can be counted.
+  uint64_t expert_reciprocal;
   int64_t slot_rows;
   int64_t counts_bytes;
   int64_t record_bytes;

@@ -12,7 +12,7 @@ namespace deep_a2a {
 enum class Layout : int { kRank = 0, kExpert = 1, kPadded = 2 };
 
 constexpr int kRowAlignment = 16;     // bytes; the unit of bulk copies
-constexpr int kScaleAlignment = 128;  // bytes; small bulk copies that straddle such lines cost several times as much
+constexpr int kScaleAlignment = 128;  // bytes; so that small bulk copies start at whole lines
 constexpr int kScaleGroupChannels = 128;
 constexpr int kMaxTopk = 32;
 constexpr int kMaxSlots = 64;
