@@ -13,6 +13,7 @@ commands:
   info   what is available here and, for what is not, how to get it
   demo   train a small MoE language model, its experts spread over 8 ranks in 2 pretended nodes
   bench  measure dispatch and combine beside torch.distributed.all_to_all_single
+  plan   predict bytes, times and memory for any number of ranks and nodes
 
 `deep-a2a COMMAND --help` lists the options of a command.
 """
@@ -23,13 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="deep-a2a", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("info", "demo", "bench"), metavar="COMMAND", help="info, demo or bench")
+    parser.add_argument(
+        "command", choices=("info", "demo", "bench", "plan"), metavar="COMMAND", help="info, demo, bench or plan"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
     options = parser.parse_args(argv)
     if options.command == "info":
         from deep_a2a.info import main as command
     elif options.command == "demo":
         from deep_a2a.demo import main as command
+    elif options.command == "plan":
+        from deep_a2a.planner.command import main as command
     else:
         from deep_a2a.benchmark.command import main as command
     return command(options.arguments, prog=f"deep-a2a {options.command}")
