@@ -10,7 +10,7 @@ has_torch := import importlib.metadata as m; v = m.version('torch').split('.'); 
 venv := $(shell $(PYTHON) -c "$(has_torch); import sys; print(sys.prefix if sys.prefix != sys.base_prefix else '.venv')" 2>/dev/null || echo .venv)
 
 # What each installation depends on, beside its environment.
-sources := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard cmake/*) $(shell find csrc -type f)
+sources := pyproject.toml setup.py build_backend.py CMakeLists.txt constraints.txt $(wildcard cmake/*) $(shell find csrc -type f)
 native_code = $(shell find csrc tests/cpp -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Stamps of installations, from small to large. A large one serves the smaller targets as well.

@@ -16,8 +16,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
-MODULES = ("_cpu", "_emulated", "_cuda")  # the last one only where there is an nvcc
-OPTIONS = ("DEEP_A2A_CUDA", "DEEP_A2A_CUDA_ARCHS")  # of CMakeLists.txt, from the environment
+MODULES = ("_cpu", "_emulated", "_cuda", "_nvshmem")  # _cuda where there is an nvcc, _nvshmem where NVSHMEM is, too
+# Of CMakeLists.txt, from the environment.
+OPTIONS = ("DEEP_A2A_CUDA", "DEEP_A2A_CUDA_ARCHS", "DEEP_A2A_NVSHMEM", "DEEP_A2A_NVSHMEM_DIR")
 
 
 class CMakeBuild(build_ext):

@@ -1,5 +1,5 @@
 # Decides by DEEP_A2A_CUDA whether CUDA code is compiled, and says so in one line, which stays in backends.txt of the
-# build directory. Sets DEEP_A2A_HAS_CUDA and DEEP_A2A_CUDA_OPTIONS.
+# build directory. Sets DEEP_A2A_HAS_CUDA, DEEP_A2A_CUDA_OPTIONS and, a part of these, DEEP_A2A_CUDA_GENCODE.
 string(TOUPPER "${DEEP_A2A_CUDA}" cuda_wish)
 if(NOT cuda_wish MATCHES "^(ON|OFF|AUTO)$")
   message(FATAL_ERROR "DEEP_A2A_CUDA must be ON, OFF or AUTO, got ${DEEP_A2A_CUDA}")
@@ -48,9 +48,10 @@ if(DEEP_A2A_HAS_CUDA)
     if(arch STREQUAL "100a" AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
       message(STATUS "deep_a2a: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know sm_100a, left out")
     else()
-      list(APPEND DEEP_A2A_CUDA_OPTIONS -gencode=arch=compute_${arch},code=sm_${arch})
+      list(APPEND DEEP_A2A_CUDA_GENCODE -gencode=arch=compute_${arch},code=sm_${arch})
     endif()
   endforeach()
+  list(APPEND DEEP_A2A_CUDA_OPTIONS ${DEEP_A2A_CUDA_GENCODE})
   set(backends "CPU and CUDA backends (nvcc ${CMAKE_CUDA_COMPILER_VERSION}), and the emulator of the latter")
 elseif(cuda_wish STREQUAL "ON")
   message(FATAL_ERROR "DEEP_A2A_CUDA=ON, but ${missing}: install the CUDA toolkit or set DEEP_A2A_CUDA=AUTO")

@@ -9,6 +9,8 @@ class Half(enum.Enum):
     receive = ...
     both = ...
 
+cuda_major: int  # that the module was built with; not in _emulated
+
 def device_count() -> int: ...
 def can_access_peer(device: int, peer: int) -> bool: ...
 def pci_bus_id(device: int) -> str: ...
@@ -92,6 +94,8 @@ class Rank:
         result_counts: int,
         result_routing: int,
         result_capacity: int,
+        column_scales: int,
+        column_words: int,  # of 4 bytes, from one column to the next
     ) -> int:
         """Returns the ticket for wait_counts()."""
     def copy_out(

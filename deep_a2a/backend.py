@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deep_a2a._cpu import Shape
 from deep_a2a.arrays import Array, Device, Library
+from deep_a2a.formats import ScaleLayout
 from deep_a2a.leases import SlotUse
 from deep_a2a.payload import Payload
 from deep_a2a.results import DispatchHandle, Event
+from deep_a2a.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,14 @@ class DispatchRequest:
     fixed_shapes: bool
     owned: bool
     zero_padding: bool
+    scale_layout: ScaleLayout
     halves: Halves
     previous: Event | None
+
+    @property
+    def row_scale_dtype(self) -> str | None:
+        """Of the result's scales if they stay in rows; None for others, and without scales."""
+        return self.payload.scale_dtype if self.scale_layout is ScaleLayout.row_major else None
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +60,8 @@ class CombineRequest:
 class Received:
     """What a dispatch brought, or will have brought at `event`; fields as in ``DispatchResult``.
 
-    `num_rows` and `num_rank_rows` are None where the host does not know them. `x` and `scales` are [rows, columns].
+    `num_rows` and `num_rank_rows` are None where the host does not know them. `x` is [rows, columns], and so are scales
+    of layout row_major; others are as in ``DispatchResult`` already.
     """
 
     x: torch.Tensor
@@ -110,6 +119,7 @@ class Backend(Protocol):
     """One rank of a Buffer: its window and its native engine."""
 
     shape: Shape
+    settings: Settings
     device: Device
 
     @property

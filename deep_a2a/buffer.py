@@ -139,6 +139,7 @@ class Buffer:
         handle: DispatchHandle | None = None,
         quantize: str | None = None,
         scale_format: str = "float32",
+        scale_layout: Literal["row_major", "column_major"] = "row_major",
         host_sync: bool = True,
         output: Literal["leased", "owned"] = "leased",
         zero_padding: bool = False,
@@ -160,6 +161,8 @@ class Buffer:
                 exchanged. The result has the sizes of the handle.
             quantize: "fp8" (or "fp8_e4m3", "fp8_e5m2") casts bfloat16 rows on the way, see `deep_a2a.quant`.
             scale_format: of these scales: "float32" or "ue8m0".
+            scale_layout: of the result's scales: "row_major", or "column_major" (see `DispatchResult`), which the
+                receiver makes of them in one more pass. The ranks need not agree.
             host_sync: True for exact sizes. False for fixed shapes, with the counts in tensors.
             output: "leased" for views of the window, valid while the result object is kept and not released; "owned"
                 for ordinary tensors (one more copy).
@@ -195,6 +198,7 @@ class Buffer:
             handle,
             quantize=quantize,
             scale_format=scale_format,
+            scale_layout=scale_layout,
             host_sync=host_sync,
             output=output,
             zero_padding=zero_padding,
@@ -212,6 +216,7 @@ class Buffer:
         handle: DispatchHandle | None = None,
         quantize: str | None = None,
         scale_format: str = "float32",
+        scale_layout: Literal["row_major", "column_major"] = "row_major",
         host_sync: bool = True,
         output: Literal["leased", "owned"] = "leased",
         zero_padding: bool = False,
@@ -232,6 +237,7 @@ class Buffer:
             handle,
             quantize=quantize,
             scale_format=scale_format,
+            scale_layout=scale_layout,
             host_sync=host_sync,
             output=output,
             zero_padding=zero_padding,

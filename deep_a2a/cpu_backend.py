@@ -7,6 +7,7 @@ from typing import Any
 from deep_a2a import _cpu
 from deep_a2a.arrays import Array, Device, Library
 from deep_a2a.backend import CombineRequest, DispatchRequest, Received
+from deep_a2a.column_scales import ColumnScales, pointer_and_pitch
 from deep_a2a.leases import Release
 from deep_a2a.results import DispatchHandle, Event
 from deep_a2a.settings import Settings
@@ -146,29 +147,40 @@ class CpuDispatch:
     def abandon(self) -> CpuEvent | None:
         if self._call.received is not None:
             return None
-        self._backend.engine.receive_dispatch(self._call, owned_rows=0, owned_scales=0)
+        self._launch_receive()
         received: _cpu.Event | None = self._call.received
         return None if received is None else CpuEvent(received)
 
     def _rows(self, num_rows: int) -> tuple[Any, Any]:
         """Launches the receive half; the rows may be read after its event."""
-        backend, payload = self._backend, self._request.payload
-        library, hidden, columns = payload.library, backend.settings.hidden, payload.scale_columns
-        scales = None
-        if self._request.owned:
+        backend, request, payload = self._backend, self._request, self._request.payload
+        library, hidden, scale_dtype = payload.library, backend.settings.hidden, request.row_scale_dtype
+        columns = ColumnScales.for_request(backend, request, num_rows)
+        scales = None if columns is None else columns.value
+        if request.owned:
             x = library.empty((num_rows, hidden), payload.dtype, backend.device)
-            if payload.scale_dtype is not None:
-                scales = library.empty((num_rows, columns), payload.scale_dtype, backend.device)
-            owned = (library.describe(x), None if scales is None else library.describe(scales))
-            backend.engine.receive_dispatch(self._call, owned_rows=owned[0].pointer, owned_scales=address(owned[1]))
+            if scale_dtype is not None:
+                scales = library.empty((num_rows, payload.scale_columns), scale_dtype, backend.device)
+            owned_scales = 0 if scale_dtype is None else library.describe(scales).pointer
+            self._launch_receive(library.describe(x).pointer, owned_scales, columns)
             return x, scales
         x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
-        if payload.scale_dtype is not None:
+        if scale_dtype is not None:
             scales = backend.view(
-                library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, _cpu.SCALE_ALIGNMENT
+                library, "recv_scales", self._slot, num_rows, payload.scale_columns, scale_dtype, _cpu.SCALE_ALIGNMENT
             )
-        backend.engine.receive_dispatch(self._call, owned_rows=0, owned_scales=0)
+        self._launch_receive(columns=columns)
         return x, scales
+
+    def _launch_receive(self, owned_rows: int = 0, owned_scales: int = 0, columns: ColumnScales | None = None) -> None:
+        column_scales, column_words = pointer_and_pitch(columns)
+        self._backend.engine.receive_dispatch(
+            self._call,
+            owned_rows=owned_rows,
+            owned_scales=owned_scales,
+            column_scales=column_scales,
+            column_words=column_words,
+        )
 
 
 class CpuSlotUse:

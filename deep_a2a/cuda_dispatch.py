@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deep_a2a._cpu import SCALE_ALIGNMENT
 from deep_a2a.arrays import Array, Library
 from deep_a2a.backend import DispatchRequest, Halves, Received
+from deep_a2a.column_scales import ColumnScales, pointer_and_pitch
 from deep_a2a.received import ReceivedBlocks
 from deep_a2a.slot_use import CudaSlotUse
 from deep_a2a.streams import CudaEvent
@@ -52,6 +53,7 @@ class CudaDispatch:
             self.handle = request.handle.call
         self._x: Any = None
         self._scales: Any = None
+        self._columns: ColumnScales | None = None
         if self._sizes is not None:
             self._make_room()
         self._stream = self._lane.enter(self._reader, capturing)
@@ -96,6 +98,7 @@ class CudaDispatch:
         if self._launched is not self._backend.half.send or self._backend.is_poisoned():
             return None
         with contextlib.suppress(RuntimeError):  # the failure that led here is the one to raise
+            self._columns = None
             self._result.drop_routing()  # there may be room for some of it only
             if self._request.handle is None:
                 self.handle.kept.drop_routing()
@@ -128,13 +131,15 @@ class CudaDispatch:
         if self._request.owned:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             self._x = library.empty((num_rows, hidden), payload.dtype, backend.device)
-            if payload.scale_dtype is not None:
-                self._scales = library.empty((num_rows, columns), payload.scale_dtype, backend.device)
+            if self._request.row_scale_dtype is not None:
+                self._scales = library.empty((num_rows, columns), self._request.row_scale_dtype, backend.device)
+        self._columns = ColumnScales.for_request(backend, self._request, num_rows)
 
     def _launch(self, half: _cuda.Half) -> int:
         request, payload = self._request, self._request.payload
         rows, scales, idx = payload.rows, payload.scales, request.topk_idx
         kept, result = self.handle.kept, self._result
+        column_scales, column_words = pointer_and_pitch(self._columns)
         return self._backend.rank.dispatch(
             stream=self._stream,
             lane=request.lane,
@@ -163,6 +168,8 @@ class CudaDispatch:
             result_counts=result.counts.pointer,
             result_routing=result.routing_pointer,
             result_capacity=result.capacity,
+            column_scales=column_scales,
+            column_words=column_words,
         )
 
     def _launch_receive(self) -> None:
@@ -190,9 +197,11 @@ class CudaDispatch:
         if not request.owned:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
-            if payload.scale_dtype is not None:
+            if request.row_scale_dtype is not None:
                 scales = backend.view(
-                    library, "recv_scales", self._slot, num_rows, columns, payload.scale_dtype, SCALE_ALIGNMENT
+                    library, "recv_scales", self._slot, num_rows, columns, request.row_scale_dtype, SCALE_ALIGNMENT
                 )
+        if self._columns is not None:
+            scales = self._columns.value
         known = (None, None) if request.fixed_shapes else (num_rows, num_rank_rows)
         return self._result.as_received(backend, library, x, scales, known, self._event)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
+
+class ScaleLayout(Enum):
+    """How the scales of a result lie in memory."""
+
+    row_major = "row_major"
+    column_major = "column_major"
+
+
 GROUP_CHANNELS = 128
 """Channels that share one scale."""
 
@@ -10,6 +20,11 @@ FP8_NAMES: dict[str, str] = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5
 
 SCALE_NAMES: dict[str, str] = {"float32": "float32", "ue8m0": "uint8"}
 """The name of the dtype in which the scales of each scale format come."""
+
+SCALE_COLUMN_DTYPES: dict[str, str] = {"float32": "float32", "uint8": "int32"}
+"""What holds scales of each dtype in layout column_major: they do, or a word four, the first in the lowest byte."""
+
+COLUMN_WORD_BYTES = 4
 
 ITEM_BYTES: dict[str, int] = {
     "bfloat16": 2,

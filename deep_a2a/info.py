@@ -21,6 +21,7 @@ from pathlib import Path
 from deep_a2a.benchmark.machine import cpu_model, memory_bytes, num_usable_cores, package_version
 from deep_a2a.info_answer import Answer as Answer
 from deep_a2a.info_gpu import cuda_backend, emulated_backend, gpu, nvlink
+from deep_a2a.info_nvshmem import nics, nvshmem_module, remote_transports
 
 _NVCC_TIMEOUT_S = 10
 _NVSHMEM_PACKAGES = {"cu13": "nvidia-nvshmem-cu13", "cu12": "nvidia-nvshmem-cu12"}
@@ -202,6 +203,9 @@ _PROBES: tuple[tuple[str, str, Callable[[], Answer]], ...] = (
     ("transports", "shm", _shm),
     ("transports", "nvlink", nvlink),
     ("transports", "nvshmem", _nvshmem),
+    ("transports", "nvshmem module", nvshmem_module),
+    ("transports", "nvshmem remote", remote_transports),
+    ("transports", "nics", nics),
     ("limits", "memfd", _memfd),
     ("limits", "memory limit", _memory_limit),
     ("limits", "open files", _open_files),

@@ -7,6 +7,7 @@ import weakref
 
 from deep_a2a.backend import Backend, CombineRequest, DispatchCall, DispatchRequest, Received
 from deep_a2a.errors import LeaseError
+from deep_a2a.formats import ScaleLayout
 from deep_a2a.leases import Lease, Release, SlotUse
 from deep_a2a.pending import Pending, PendingCombine, PendingDispatch
 from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult, Event
@@ -108,7 +109,8 @@ class Operations:
         if self._settings.layout == "padded":
             library, num_groups = request.payload.library, self.backend.shape.num_local_experts
             x = library.split(x, num_groups)
-            scales = None if scales is None else library.split(scales, num_groups)
+            if scales is not None and request.scale_layout is ScaleLayout.row_major:
+                scales = library.split(scales, num_groups)
         handle = request.handle or DispatchHandle(
             request.payload.num_tokens,
             received.num_rows,

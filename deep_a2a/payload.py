@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deep_a2a._cpu import Cast, ScaleFormat
 from deep_a2a.arrays import Array, Device, Library, as_array
-from deep_a2a.formats import FP8_NAMES, ITEM_BYTES, SCALE_NAMES, canonical_format, num_scale_groups
+from deep_a2a.formats import FP8_NAMES, ITEM_BYTES, SCALE_NAMES, ScaleLayout, canonical_format, num_scale_groups
 from deep_a2a.numpy_arrays import STAND_INS
 
 if TYPE_CHECKING:
@@ -156,6 +156,20 @@ def _check_fp8(x: tuple[Any, ...], hidden: int, device: Device) -> Payload:
         scales = replace(scales, dtype="uint8")
     scale_bytes = scale_shape[1] * scales.item_bytes
     return Payload(rows, scales, Cast.none, ScaleFormat.float32, rows.dtype, scales.dtype, hidden, scale_bytes)
+
+
+def check_scale_layout(scale_layout: Any, payload: Payload) -> ScaleLayout:
+    """Of the scales of `payload` in the result."""
+    names = [layout.value for layout in ScaleLayout]
+    if not isinstance(scale_layout, str) or scale_layout not in names:
+        raise ValueError(f"scale_layout must be one of {names}, got {describe(scale_layout)}")
+    chosen = ScaleLayout(scale_layout)
+    if chosen is not ScaleLayout.row_major and payload.scale_dtype is None:
+        raise ValueError(
+            f"scale_layout must be 'row_major' where rows arrive without scales ({payload.dtype}: FP8 has some, see "
+            f"quantize), got {describe(scale_layout)}"
+        )
+    return chosen
 
 
 def check_routing(

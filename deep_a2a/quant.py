@@ -19,7 +19,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from deep_a2a.formats import FP8_NAMES, GROUP_CHANNELS, SCALE_NAMES, canonical_format, num_scale_groups
+from deep_a2a.formats import (
+    COLUMN_WORD_BYTES,
+    FP8_NAMES,
+    GROUP_CHANNELS,
+    SCALE_NAMES,
+    canonical_format,
+    num_scale_groups,
+)
 
 __all__ = [
     "FP8_DTYPES",
@@ -100,7 +107,8 @@ def dequantize(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch
 
     Args:
         q: float8_e4m3fn or float8_e5m2 ``[..., hidden]``.
-        scales: ``[..., ceil(hidden / 128)]``, float32, or uint8 / float8_e8m0fnu for powers of two.
+        scales: ``[..., ceil(hidden / 128)]``, float32, or uint8 / float8_e8m0fnu for powers of two, or
+            ``[..., ceil(hidden / 512)]``, int32, four of these powers each, the first in the lowest byte.
         dtype: the floating-point dtype of the result.
 
     Returns:
@@ -117,14 +125,19 @@ def dequantize(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch
     if q.dim() < 1 or q.shape[-1] < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected [..., hidden] with hidden at least 1")
     hidden = q.shape[-1]
-    expected_shape = (*q.shape[:-1], num_scale_groups(hidden))
+    num_groups = num_scale_groups(hidden)
+    packed = scales.dtype == torch.int32
+    expected_shape = (*q.shape[:-1], -(-num_groups // COLUMN_WORD_BYTES) if packed else num_groups)
     if tuple(scales.shape) != expected_shape:
         raise ValueError(f"scales has shape {tuple(scales.shape)}, expected {expected_shape} for q {tuple(q.shape)}")
+    if packed:
+        scales = _unpack_ue8m0(scales)[..., :num_groups]
     # float8_e8m0fnu came to torch later than the other dtypes, hence not named at import.
     if scales.dtype == torch.uint8 or scales.dtype == getattr(torch, "float8_e8m0fnu", None):
         scales = _ue8m0_to_float(scales.view(torch.uint8))
     elif scales.dtype != torch.float32:
-        raise TypeError(f"scales has dtype {scales.dtype}, expected torch.float32, torch.uint8 or torch.float8_e8m0fnu")
+        expected = "torch.float32, torch.uint8, torch.float8_e8m0fnu or torch.int32"
+        raise TypeError(f"scales has dtype {scales.dtype}, expected {expected}")
     groups = _to_groups(q.float())
     return (groups * scales.unsqueeze(-1)).flatten(-2)[..., :hidden].to(dtype).contiguous()
 
@@ -152,6 +165,12 @@ def _round_up_to_ue8m0(ratio: torch.Tensor) -> torch.Tensor:
     has_mantissa = (bits & ((1 << _MANTISSA_BITS) - 1)) != 0
     exponent = (bits >> _MANTISSA_BITS) + has_mantissa.to(torch.int32)
     return exponent.clamp_(max=_UE8M0_LARGEST).to(torch.uint8)
+
+
+def _unpack_ue8m0(words: torch.Tensor) -> torch.Tensor:
+    """int32 ``[..., words]`` to uint8 ``[..., 4 * words]``, the lowest byte first."""
+    shifts = torch.arange(0, 8 * COLUMN_WORD_BYTES, 8, dtype=torch.int32, device=words.device)
+    return (words.unsqueeze(-1) >> shifts).bitwise_and_(0xFF).to(torch.uint8).flatten(-2)
 
 
 def _ue8m0_to_float(exponent: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deep_a2a.backend import Backend, CombineRequest, DispatchRequest, Halves
-from deep_a2a.payload import check_combine, check_payload, check_routing, describe
+from deep_a2a.payload import check_combine, check_payload, check_routing, check_scale_layout, describe
 from deep_a2a.results import DispatchHandle, Event
 from deep_a2a.settings import Settings
 
@@ -20,6 +20,7 @@ def dispatch_request(
     *,
     quantize: str | None,
     scale_format: str,
+    scale_layout: str,
     host_sync: bool,
     output: str,
     zero_padding: bool,
@@ -49,6 +50,7 @@ def dispatch_request(
         fixed_shapes=not host_sync if handle is None else handle.fixed_shapes,
         owned=output == "owned",
         zero_padding=zero_padding,
+        scale_layout=check_scale_layout(scale_layout, payload),
         halves=halves,
         previous=_check_event(previous_event),
     )

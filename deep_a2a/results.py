@@ -81,8 +81,8 @@ class DispatchResult(_ShortRepr):
     of the token at its source. Both are the same in layout "rank".
 
     Lifetime: `x` and `scales` of a leased result are views of the window, valid until `release()`, or until the result
-    is dropped. All other fields, and both of an owned result, are the caller's to keep and to change. With
-    ``async_op=True`` nothing but shapes may be read before ``event.wait()``.
+    is dropped. All other fields, both of an owned result, and `scales` with ``scale_layout="column_major"`` are the
+    caller's to keep and to change. With ``async_op=True`` nothing but shapes may be read before ``event.wait()``.
 
     What holds something: layout "rank": all rows. "expert": the first ``rows_per_expert[e]`` rows from
     ``expert_offsets[e]`` on. "padded": the first ``rows_per_expert[e]`` rows of ``x[e]``. Rows in between are undefined
@@ -97,7 +97,10 @@ class DispatchResult(_ShortRepr):
             "padded": [num_local_experts, expert_capacity, hidden].
         scales: of FP8 payloads, None for BF16. Shaped like `x`, with a last dimension of ceil(hidden / 128); float32,
             or uint8 for UE8M0 (exponent + 127). Leased, its rows lie at multiples of 128 bytes, so it need not be
-            contiguous.
+            contiguous. With ``scale_layout="column_major"`` strides are (1, R), in layout "padded" (columns * R, 1, R),
+            where R is the number of rows (the capacity) in whole 16 bytes, that is, rounded up to a multiple of 4: as
+            TMA descriptors need it. UE8M0 is int32 there, with a last dimension of ceil(hidden / 512): four exponents
+            each, the first in the lowest byte, 0 where there are no more.
         topk_idx: int32 [rank_rows, num_topk], for each top-k slot of the token the LOCAL expert, 0 to
             num_local_experts - 1; -1 where the slot's expert is on another rank, or none.
         topk_weights: float32 [rank_rows, num_topk], the slot's weight; 0 where `topk_idx` is -1.

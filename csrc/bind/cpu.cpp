@@ -186,10 +186,13 @@ void bind_rank(py::module_& m) {
            py::arg("weighted"), py::arg("with_side"), py::arg("out"), py::arg("side_out"), py::arg("handle"))
       .def(
           "receive_dispatch",
-          [](cpu::Rank& rank, cpu::DispatchCall& call, uintptr_t owned_rows, uintptr_t owned_scales) {
-            rank.receive(call, {writable(owned_rows), writable(owned_scales)});
+          [](cpu::Rank& rank, cpu::DispatchCall& call, uintptr_t owned_rows, uintptr_t owned_scales,
+             uintptr_t column_scales, int64_t column_words) {
+            rank.receive(call, {writable(owned_rows), writable(owned_scales)},
+                         {static_cast<uint32_t*>(writable(column_scales)), column_words});
           },
-          no_gil, py::arg("call"), py::kw_only(), py::arg("owned_rows"), py::arg("owned_scales"))
+          no_gil, py::arg("call"), py::kw_only(), py::arg("owned_rows"), py::arg("owned_scales"),
+          py::arg("column_scales"), py::arg("column_words"))
       .def("receive_combine", py::overload_cast<cpu::CombineCall&>(&cpu::Rank::receive), no_gil, py::arg("call"))
       .def("release", &cpu::Rank::release, no_gil, py::arg("call"))
       .def("close", &cpu::Rank::close, no_gil)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/errors.hpp"
+#include "bind/network.hpp"
 #include "cuda/measure.hpp"
 #include "cuda/rank.hpp"
 
@@ -111,9 +112,9 @@ void bind_plans(py::module_& m) {
       "plan_combine",
       [](const da::Shape& shape, int num_sms, int shared_bytes) {
         const cuda::CombinePlan plan = cuda::plan_combine(shape, num_sms, {num_sms, shared_bytes});
-        return py::dict(py::arg("num_pairs") = plan.num_pairs, py::arg("num_stages") = plan.num_stages,
+        return py::dict(py::arg("num_rings") = plan.num_rings, py::arg("num_stages") = plan.num_stages,
                         py::arg("chunk_bytes") = plan.chunk_bytes, py::arg("num_chunks") = plan.num_chunks,
-                        py::arg("batch_tokens") = plan.batch_tokens, py::arg("shared_bytes") = plan.shared_bytes);
+                        py::arg("part_shift") = plan.part_shift, py::arg("shared_bytes") = plan.shared_bytes);
       },
       py::arg("shape"), py::kw_only(), py::arg("num_sms"), py::arg("shared_bytes"));
 }
@@ -123,7 +124,7 @@ uint64_t dispatch(cuda::Rank& rank, uintptr_t stream, int lane, int slot, cuda::
                   int scale_bytes, int format_code, uintptr_t topk_idx, int topk_idx_bytes, uintptr_t topk_weights,
                   da::Cast cast, da::ScaleFormat scale_format, bool zero_padding, bool cached, uintptr_t source,
                   uintptr_t kept_counts, uintptr_t kept_routing, int64_t kept_capacity, uintptr_t result_counts,
-                  uintptr_t result_routing, int64_t result_capacity) {
+                  uintptr_t result_routing, int64_t result_capacity, uintptr_t column_scales, int64_t column_words) {
   cuda::DispatchTask task;
   task.args.x = pointer(x);
   task.args.x_pitch = x_pitch;
@@ -143,7 +144,8 @@ uint64_t dispatch(cuda::Rank& rank, uintptr_t stream, int lane, int slot, cuda::
   task.cached = cached;
   task.kept = {pointer<int32_t>(kept_counts), pointer<int32_t>(kept_routing), kept_capacity};
   task.result = {pointer<int32_t>(result_counts), pointer<int32_t>(result_routing), result_capacity};
-  return rank.dispatch({stream_of(stream), num_sms}, task, pointer(source));
+  return rank.dispatch({stream_of(stream), num_sms}, task, pointer(source),
+                       {pointer<uint32_t>(column_scales), column_words});
 }
 
 void combine(cuda::Rank& rank, uintptr_t stream, int lane, cuda::Half half, int num_sms, uintptr_t rows,
@@ -187,7 +189,7 @@ void bind_rank(py::module_& m) {
            py::arg("format_code"), py::arg("topk_idx"), py::arg("topk_idx_bytes"), py::arg("topk_weights"),
            py::arg("cast"), py::arg("scale_format"), py::arg("zero_padding"), py::arg("cached"), py::arg("source"),
            py::arg("kept_counts"), py::arg("kept_routing"), py::arg("kept_capacity"), py::arg("result_counts"),
-           py::arg("result_routing"), py::arg("result_capacity"))
+           py::arg("result_routing"), py::arg("result_capacity"), py::arg("column_scales"), py::arg("column_words"))
       .def(
           "copy_out",
           [](cuda::Rank& rank, uintptr_t stream, int slot, int64_t num_rows, int payload_bytes, int scale_bytes,
@@ -249,4 +251,10 @@ PYBIND11_MODULE(DEEP_A2A_MODULE, m) {
   bind_plans(m);
   bind_rank(m);
   bind_meter(m);
+#if defined(DEEP_A2A_NETWORK)
+  da::bind_network(m);
+#endif
+#if defined(CUDART_VERSION)
+  m.attr("cuda_major") = CUDART_VERSION / 1000;  // that the module was built with
+#endif
 }

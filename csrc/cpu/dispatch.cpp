@@ -57,12 +57,13 @@ void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
   cast_rows_ = {};
 }
 
-void Dispatch::receive(const Turn& turn, const OwnedOutput& owned) {
+void Dispatch::receive(const Turn& turn, const OwnedOutput& owned, const ColumnScales& columns) {
   d5_relay(turn);
   bases_.reset();
   d6_arrival(turn);
   if (owned.rows != nullptr) slot_.copy_out(handle_->received, owned, args_.zero_padding);
   finish(turn);
+  d7_column_scales(columns);
 }
 
 void Dispatch::release(const Turn& turn) {
@@ -249,5 +250,10 @@ void Dispatch::d6_arrival(const Turn& turn) {
 }
 
 void Dispatch::finish(const Turn& turn) { give_lane_credit(transport_, turn); }
+
+// No peer waits for it: the slot is this rank's until it is released.
+void Dispatch::d7_column_scales(const ColumnScales& columns) {
+  if (columns.words != nullptr) slot_.lay_out_columns(handle_->received, columns, args_.zero_padding);
+}
 
 }  // namespace deep_a2a::cpu

@@ -25,8 +25,8 @@ class Dispatch {
   // D0 to D4. Calls `on_counts` once the sizes of the result are known. Throws if the dispatch is refused: then
   // everything of it is settled, on every rank, and receive() must not follow.
   void send(const Turn& turn, const std::function<void()>& on_counts);
-  // D5 and D6: returns when every row has arrived, and has been copied where the result is owned.
-  void receive(const Turn& turn, const OwnedOutput& owned);
+  // D5 to D7: returns when every row has arrived, and has been copied where the result is owned.
+  void receive(const Turn& turn, const OwnedOutput& owned, const ColumnScales& columns);
   // Gives the slot back to the ranks that write into it.
   void release(const Turn& turn);
 
@@ -43,6 +43,7 @@ class Dispatch {
   void d5_relay(const Turn& turn);
   void d6_arrival(const Turn& turn);
   void finish(const Turn& turn);
+  void d7_column_scales(const ColumnScales& columns);
   void refuse(const Turn& turn, const Verdict& verdict);
 
   Row input_row(int token) const;

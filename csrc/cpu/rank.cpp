@@ -57,11 +57,12 @@ std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& a
   return call;
 }
 
-void Rank::receive(DispatchCall& call, const OwnedOutput& owned) {
-  call.received = lane(call.lane).resume(guarded([dispatch = call.dispatch, sent = call.sent, owned](const Turn& turn) {
+void Rank::receive(DispatchCall& call, const OwnedOutput& owned, const ColumnScales& columns) {
+  const auto work = [dispatch = call.dispatch, sent = call.sent, owned, columns](const Turn& turn) {
     sent->wait();  // has run: rethrows what it failed with
-    dispatch->receive(turn, owned);
-  }));
+    dispatch->receive(turn, owned, columns);
+  };
+  call.received = lane(call.lane).resume(guarded(work));
 }
 
 void Rank::release(DispatchCall& call) {

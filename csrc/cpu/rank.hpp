@@ -51,7 +51,7 @@ class Rank {
   std::shared_ptr<DispatchCall> dispatch(int lane, const DispatchArgs& args, std::shared_ptr<Handle> cached);
   std::shared_ptr<CombineCall> combine(int lane, const CombineArgs& args, std::shared_ptr<Handle> handle);
   // Launch the receive half on the same lane.
-  void receive(DispatchCall& call, const OwnedOutput& owned = {});
+  void receive(DispatchCall& call, const OwnedOutput& owned = {}, const ColumnScales& columns = {});
   void receive(CombineCall& call);
   // Gives the slot of a dispatch back once the lane has come to this point.
   void release(DispatchCall& call);

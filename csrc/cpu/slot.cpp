@@ -22,6 +22,9 @@ void for_groups(const Received& received, bool padding, Use&& use) {
   }
 }
 
+// A line of the caches holds as many rows of a column.
+constexpr int64_t kRowsTogether = 16;
+
 }  // namespace
 
 Slot::Slot(Transport& transport, int slot, const RowFormat& format, bool streaming)
@@ -110,6 +113,31 @@ void Slot::copy_out(const Received& received, const OwnedOutput& owned, bool wit
     copy(0, received.num_rows);
   } else {
     for_groups(received, false, copy);
+  }
+}
+
+void Slot::lay_out_columns(const Received& received, const ColumnScales& columns, bool with_padding) const {
+  const int num_columns = ColumnScales::num_columns(format_);
+  const auto lay_out = [&](int64_t first_row, int64_t num_rows, uint32_t* words) {
+    for (int64_t first = 0; first < num_rows; first += kRowsTogether) {
+      const int64_t end = std::min(first + kRowsTogether, num_rows);
+      for (int column = 0; column < num_columns; ++column) {
+        const uint32_t mask = column < num_columns - 1 ? ~uint32_t{0} : ColumnScales::last_mask(format_);
+        for (int64_t row = first; row < end; ++row) {
+          uint32_t word;  // whole even where the scales end within it: rows lie in whole lines
+          std::memcpy(&word, own().scales + (first_row + row) * format_.scale_pitch() + column * 4, sizeof(word));
+          words[column * columns.pitch + row] = word & mask;
+        }
+      }
+    }
+  };
+  if (shape_.layout != Layout::kPadded) {
+    lay_out(0, received.num_rows, columns.words);
+    return;
+  }
+  for (int expert = 0; expert < shape_.num_local_experts(); ++expert) {
+    lay_out(received.expert_offsets[expert], with_padding ? shape_.expert_capacity : received.rows_per_expert[expert],
+            columns.words + expert * num_columns * columns.pitch);
   }
 }
 

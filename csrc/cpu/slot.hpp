@@ -7,6 +7,7 @@
 #include "cpu/handle.hpp"
 #include "cpu/transport.hpp"
 #include "protocol/args.hpp"
+#include "protocol/column_scales.hpp"
 
 namespace deep_a2a::cpu {
 
@@ -29,6 +30,7 @@ class Slot {
   void zero_padding(const Received& received);
   void keep_routing(Received& received) const;
   void copy_out(const Received& received, const OwnedOutput& owned, bool with_padding) const;
+  void lay_out_columns(const Received& received, const ColumnScales& columns, bool with_padding) const;
 
  private:
   // The slot's regions at one rank.
