@@ -64,6 +64,8 @@ def check_received(case: Case, where: str, got: Received, want: reference.Dispat
     for name in ROW_FIELDS:
         rows = got.tensors[name]
         expected = getattr(want, name)
+        if name == "scales" and case.scale_layout == "column_major":
+            expected = reference.scale_words(expected)
         if name == "row_weights" or rows is None or expected is None:
             assert_same_bits(case, f"{where}, {name}", rows, expected)
         else:

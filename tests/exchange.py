@@ -47,6 +47,12 @@ class Turn:
     side: torch.Tensor | None
 
 
+def make_buffer(group: dist.ProcessGroup, case: Case) -> deep_a2a.Buffer:
+    """On this rank's device, which becomes the current one."""
+    device_of(case.backend)
+    return deep_a2a.Buffer(group, **case.buffer_arguments())
+
+
 def run_cases(group: dist.ProcessGroup, cases: Sequence[Case]) -> list[list[Turn]]:
     """The turns of each case. Cases in a row that ask for the same buffer share one."""
     turns: list[list[Turn]] = []
@@ -82,8 +88,8 @@ def turn_of(received: Received, combined: deep_a2a.CombineResult) -> Turn:
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy."""
-    return tensor.to("cpu", copy=True)
+    """A copy, its rows side by side."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def dispatch(
@@ -107,6 +113,7 @@ def dispatch(
         "host_sync": case.host_sync,
         "output": case.output,
         "zero_padding": case.zero_padding,
+        "scale_layout": case.scale_layout,
         "lane": lane,
         "async_op": case.async_op,
     }
@@ -194,5 +201,5 @@ def poison(result: deep_a2a.DispatchResult) -> None:
     """Combine and later dispatches must not live on what the caller does to his views, nor on what a slot held."""
     for name in ("x", "scales"):
         tensor = getattr(result, name)
-        if tensor is not None:
-            tensor.view(torch.uint8).fill_(0x5A)
+        if tensor is not None:  # columns of scales are no bytes side by side
+            (tensor.view(torch.uint8) if tensor.stride(-1) == 1 else tensor).fill_(0x5A)

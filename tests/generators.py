@@ -31,6 +31,7 @@ MODES = (
     "default_weights",
     "host_sync",
     "zero_padding",
+    "column_major",
     "lent",
     "strided",
     "halves",
@@ -67,6 +68,7 @@ class Case:
     host_sync: bool = True
     output: str = "leased"
     zero_padding: bool = False
+    column_major: bool = False  # of no meaning where rows have no scales
     lent: bool = False
     strided: bool = False  # input rows lie further apart than they are long
     halves: bool = False
@@ -100,6 +102,10 @@ class Case:
     @property
     def is_cast(self) -> bool:
         return self.payload.startswith("cast")
+
+    @property
+    def scale_layout(self) -> str:
+        return "column_major" if self.column_major and self.fmt != "bf16" else "row_major"
 
     @property
     def is_weighted(self) -> bool:

@@ -67,7 +67,7 @@ class TensorPickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return NotImplemented
-        data = bytearray(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        data = bytearray(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return tensor_from_bytes, (data, value.dtype, tuple(value.shape))
 
 

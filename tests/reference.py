@@ -51,6 +51,16 @@ class Dispatched:
     expert_load: torch.Tensor  # int32 [num_experts]
 
 
+def scale_words(scales: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] of scale_layout "column_major": FP32 as it is, of UE8M0 four in one int32, the first lowest."""
+    if scales.dtype == torch.float32:
+        return scales
+    words = torch.zeros(len(scales), -(-scales.shape[1] // 4), dtype=torch.int64)
+    for group in range(scales.shape[1]):
+        words[:, group // 4] += scales[:, group].long() << 8 * (group % 4)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
 # ---- dispatch --------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,14 @@ def use_library(group: dist.ProcessGroup, backend: str, library: str, layout: st
     mine = data.inputs(case, dist.get_rank(group))
     names = [name for name in (*ROW_FIELDS, *RANK_ROW_FIELDS, *COUNT_FIELDS) if name != "row_weights"]
     with deep_a2a.Buffer(group, **case.buffer_arguments()) as buffer:
-        for modes in ({}, {"quantize": "fp8"}, {"output": "owned"}, {"host_sync": False, "output": "owned"}):
+        by_column = {"quantize": "fp8", "scale_format": "ue8m0", "scale_layout": "column_major"}
+        for modes in (
+            {},
+            {"quantize": "fp8"},
+            by_column,
+            {"output": "owned"},
+            {"host_sync": False, "output": "owned"},
+        ):
             options: dict[str, Any] = {"zero_padding": True, **modes}
             given = [mine.x, mine.topk_idx, mine.topk_weights]
             ours = buffer.dispatch(*(each.to(device) for each in given), **options)

@@ -123,6 +123,21 @@ DISPATCHES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "ValueError",
         ["scale_format", "ue8m0", "'f16'"],
     ),
+    "unknown scale layout": (
+        {"quantize": "fp8", "scale_layout": "columns"},
+        "ValueError",
+        ["scale_layout", "'row_major'", "'column_major'", "'columns'"],
+    ),
+    "scale layout is none": (
+        {"x": SCALED, "scale_layout": None},
+        "ValueError",
+        ["scale_layout", "'row_major'", "None"],
+    ),
+    "columns of BF16": (
+        {"scale_layout": "column_major"},
+        "ValueError",
+        ["scale_layout", "'row_major'", "bfloat16", "quantize", "'column_major'"],
+    ),
     "unknown output": ({"output": "mine"}, "ValueError", ["output", "'leased'", "'owned'", "'mine'"]),
     "no topk_idx": ({"topk_idx": None}, "ValueError", ["topk_idx", "handle"]),
     "topk_idx is float": ({"topk_idx": TOPK.float()}, "ValueError", ["topk_idx", "int64", "float32"]),

@@ -14,7 +14,7 @@ import exchange
 import pytest
 import reference
 import torch.distributed as dist
-from backends import device_of, on_backends, on_device_backends, on_nodes, place, settle
+from backends import on_backends, on_device_backends, on_nodes, place, settle
 from checks import check_case
 from exchange import Turn
 from generators import LAYOUTS, Case, case_on
@@ -89,8 +89,7 @@ def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
         counts.append(buffer.wire_bytes)
 
     counts: list[dict[str, int]] = []
-    device_of(case.backend)
-    with deep_a2a.Buffer(group, **case.buffer_arguments()) as buffer:
+    with exchange.make_buffer(group, case) as buffer:
         count()
         result = exchange.dispatch(buffer, case)
         count()
@@ -136,7 +135,7 @@ def test_wire_bytes_between_gpus(pools: Callable[[int], Pool], backend: str, lay
 
 def use_buffers(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
     """Three buffers in turns; the first goes while the others are used; the last two go in any order."""
-    buffers = [deep_a2a.Buffer(group, **case.buffer_arguments()) for case in cases]
+    buffers = [exchange.make_buffer(group, case) for case in cases]
     results = [exchange.dispatch(buffer, case) for buffer, case in zip(buffers, cases, strict=True)]
     received = [exchange.copy_result(result) for result in results]
     turns = [
@@ -166,7 +165,7 @@ def test_buffers_side_by_side(pools: Callable[[int], Pool], backend: str) -> Non
 
 def use_backends(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
     """Buffers of different backends in one process, in turns."""
-    buffers = [deep_a2a.Buffer(group, **case.buffer_arguments()) for case in cases]
+    buffers = [exchange.make_buffer(group, case) for case in cases]
     turns = [exchange.run_case(buffer, case) for buffer, case in zip(buffers, cases, strict=True)]
     for buffer in buffers:
         buffer.destroy()
@@ -184,7 +183,7 @@ def drop_buffers(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]
     """Ends in any order: of buffers, results, handles and views, with and without `destroy` and `release`."""
     rank, turns = dist.get_rank(group), []
     for turn, case in enumerate(cases):
-        buffer = deep_a2a.Buffer(group, **case.buffer_arguments())
+        buffer = exchange.make_buffer(group, case)
         result = exchange.dispatch(buffer, case)
         received = exchange.copy_result(result)
         combined = exchange.combine(buffer, case, 0, result)

@@ -44,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fixed shapes, cached": {"host_sync": False, "cached": True},
     "zero padding": {"zero_padding": True, "expert_alignment": 8},
     "zero padding FP8": {"zero_padding": True, "expert_alignment": 8, "payload": "cast fp8_e5m2:float32"},
+    "column-major": {"column_major": True, "payload": "cast fp8_e4m3:float32", "hidden": 272},
+    "column-major, ue8m0": {"column_major": True, "payload": "fp8_e5m2:ue8m0", "hidden": 1040, "cached": True},
     "alignment 128": {"expert_alignment": 128},
     "alignment 5": {"expert_alignment": 5},
     "lent": {"lent": True},

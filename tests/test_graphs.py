@@ -66,7 +66,7 @@ class Captured:
     def __init__(self, buffer: deep_a2a.Buffer, case: Case, static: Static) -> None:
         modes: dict[str, Any] = {"host_sync": False, "output": case.output}
         if case.is_cast:
-            modes |= {"quantize": case.fmt, "scale_format": case.scale_format}
+            modes |= {"quantize": case.fmt, "scale_format": case.scale_format, "scale_layout": case.scale_layout}
         weighted: dict[str, Any] = {} if case.layout == "rank" else {"weighted": case.weighted}
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -116,6 +116,7 @@ def test_replays(pools: Callable[[int], Pool], layout: str, stream: str, payload
         host_sync=False,
         side=True,
         output="owned" if payload == "bf16" and stream == "own" else "leased",
+        column_major=stream == "current",
     )
     cases = [replace(first, seed=seed, routing=routing) for seed, routing in enumerate(ROUTINGS)]
     for case, *by_rank in zip(cases, *pools(first.num_ranks).run(replay, cases), strict=True):

@@ -203,6 +203,19 @@ def test_dequantize_takes_every_power_of_two() -> None:
         torch.testing.assert_close(same, got, rtol=0, atol=0, equal_nan=True)
 
 
+def test_dequantize_takes_packed_powers_of_two() -> None:
+    for hidden, words in [(130, [[0x0000807F], [0x0000007F]]), (600, [[0x7F7E7D7C, 0x00000081], [0x7F7F7F7F, 0x7E]])]:
+        q = torch.randn(2, hidden, generator=torch.Generator().manual_seed(hidden)).to(torch.float8_e4m3fn)
+        packed = torch.tensor(words, dtype=torch.int32)
+        groups = quant.num_scale_groups(hidden)
+        single = [[word[group // 4] >> 8 * (group % 4) & 0xFF for group in range(groups)] for word in words]
+        want = quant.dequantize(q, torch.tensor(single, dtype=torch.uint8), torch.float32)
+        by_column = packed.T.contiguous().T
+        for scales in (packed, by_column):
+            assert torch.equal(quant.dequantize(q, scales, torch.float32), want)
+        assert quant.dequantize(q[:0], by_column[:0]).shape == (0, hidden)
+
+
 @by_format
 @by_scale
 @given(hidden=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
@@ -262,6 +275,11 @@ FP8_ROW = torch.zeros(2, 130).to(torch.float8_e4m3fn)
             lambda: quant.dequantize(FP8_ROW, torch.ones(2, 1)),
             ValueError,
             r"scales has shape \(2, 1\), expected \(2, 2\)",
+        ),
+        (
+            lambda: quant.dequantize(FP8_ROW, torch.ones(2, 2).int()),
+            ValueError,
+            r"scales has shape \(2, 2\), expected \(2, 1\)",
         ),
         (lambda: quant.dequantize(FP8_ROW, torch.ones(2, 2).half()), TypeError, "scales has dtype torch.float16"),
         (lambda: quant.dequantize(torch.ones(2, 2), torch.ones(2, 1)), TypeError, "q has dtype torch.float32"),

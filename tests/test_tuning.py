@@ -83,8 +83,8 @@ def test_dispatch_plan(layout: str, num_ranks: int, hidden: int, local_experts: 
 def test_combine_plan(layout: str, num_ranks: int, hidden: int, num_topk: int) -> None:
     shape = make_shape(layout, num_ranks, hidden, num_ranks * 32, num_topk)
     plan = native.plan_combine(shape, num_sms=12, shared_bytes=SHARED_BYTES)
-    assert plan["shared_bytes"] <= SHARED_BYTES and plan["num_pairs"] >= 1
-    assert 2 * plan["num_pairs"] <= BLOCK_WARPS and 2 * plan["num_pairs"] * plan["num_stages"] <= MAX_BARRIERS
+    assert plan["shared_bytes"] <= SHARED_BYTES and plan["num_rings"] >= 1
+    assert plan["num_rings"] <= 8 and 2 * plan["num_rings"] * plan["num_stages"] <= MAX_BARRIERS
     assert plan["num_stages"] >= max(num_ranks, 1 if layout == "rank" else num_topk)  # a sum's terms, all at once
     assert plan["num_chunks"] * plan["chunk_bytes"] >= 2 * hidden > (plan["num_chunks"] - 1) * plan["chunk_bytes"]
     assert plan["chunk_bytes"] % 16 == 0
@@ -98,7 +98,7 @@ def test_what_was_measured() -> None:
     bf16 = native.plan_dispatch(shape, shared_bytes=SHARED_BYTES, **row_format("bf16", 7168))
     assert (bf16["move_warps"], bf16["num_stages"], bf16["num_chunks"], bf16["chunk_bytes"]) == (10, 3, 2, 7168)
     combine = native.plan_combine(shape, num_sms=12, shared_bytes=SHARED_BYTES)
-    assert (combine["num_pairs"], combine["num_stages"], combine["chunk_bytes"]) == (8, 8, 3584)
+    assert (combine["num_rings"], combine["num_stages"], combine["chunk_bytes"]) == (8, 8, 3584)
 
 
 def test_too_many_experts() -> None:

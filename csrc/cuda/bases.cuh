@@ -8,18 +8,22 @@ namespace deep_a2a::cuda {
 
 // The counters of D3 in the arena. `expert_bases` stays until the rows have been sent.
 struct BasesArena {
-  int32_t* expert_bases;  // [experts], where this source's rows start in the expert's group, then in its rank's rows
-  int32_t* expert_rows;   // [experts], of all sources
-  int32_t* rank_rows;     // [ranks], rank rows that each rank receives
-  int32_t* group_rows;    // [ranks], rows of `x` that each rank receives
-  int32_t* own_offsets;   // [local experts], where their groups start at this rank
+  int32_t* expert_bases;   // [experts], where this source's rows start in the expert's group, then in its rank's rows
+  int32_t* expert_rows;    // [experts], of all sources
+  int32_t* rank_rows;      // [ranks], rank rows that each rank receives
+  int32_t* group_rows;     // [ranks], rows of `x` that each rank receives
+  int32_t* received_rows;  // [ranks], rank rows that this rank receives from each
+  int32_t* sent_rows;      // [ranks of the node], that it sends to each
+  int32_t* own_offsets;    // [local experts], where their groups start at this rank
 
   __device__ BasesArena(const Context& c, const DispatchPlan& plan) {
     expert_bases = reinterpret_cast<int32_t*>(c.arena);
     expert_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
     rank_rows = expert_rows + c.shape.num_experts;
     group_rows = rank_rows + c.num_ranks();
-    own_offsets = group_rows + c.num_ranks();
+    received_rows = group_rows + c.num_ranks();
+    sent_rows = received_rows + c.num_ranks();
+    own_offsets = sent_rows + c.num_locals();
   }
 };
 
@@ -34,8 +38,9 @@ __device__ inline bool d3_wait_counts(const Context& c) {
   return all_of_block(ok);
 }
 
-// Sums over the sources.
-__device__ inline void sum_counts(const Context& c, const BasesArena& arena) {
+// Sums over the sources, experts by the first threads and ranks by the last ones, so that nobody waits for memory
+// twice. True where the headers of two ranks differ, or one has an objection of its own.
+__device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
   const int ranks = c.num_ranks();
   for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
     int32_t before = 0, all = 0;
@@ -48,18 +53,27 @@ __device__ inline void sum_counts(const Context& c, const BasesArena& arena) {
     arena.expert_rows[expert] = all;
     if (c.shape.row_per_expert()) arena.expert_bases[expert] = before;
   }
-  for (int rank = threadIdx.x; rank < ranks; rank += blockDim.x) {
+  bool objection = false;
+  for (int rank = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x); rank < ranks; rank += blockDim.x) {
+    const CountHeader& first = *counts_of(c, 0).header;
+    const CountHeader& header = *counts_of(c, rank).header;
+    objection = objection || header.tag != first.tag || header.payload_bytes != first.payload_bytes ||
+                header.scale_bytes != first.scale_bytes || header.bad_token >= 0;
+    const int local = rank - c.neighbour(0);
+    const bool on_node = local >= 0 && local < c.num_locals();
     int32_t before = 0, all = 0;
 #pragma unroll 4
     for (int source = 0; source < ranks; ++source) {
       const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + rank);
       before += source < c.team.rank ? rows : 0;
       all += rows;
+      if (rank == c.team.rank) arena.received_rows[source] = rows;
+      if (source == c.team.rank && on_node) arena.sent_rows[local] = rows;
     }
     arena.rank_rows[rank] = all;
-    const int local = rank - c.neighbour(0);
-    if (local >= 0 && local < c.num_locals()) c.shared.rank_bases[local] = before;
+    if (on_node) c.shared.rank_bases[local] = before;
   }
+  return objection;
 }
 
 // As Shape::group_rows, by 32-bit division.
@@ -93,24 +107,20 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
   }
 }
 
-// What deep_a2a::agree decides on the host: the same answer from the same counts.
-__device__ inline bool finds_objection(const Context& c, const BasesArena& arena) {
-  const CountHeader& first = *counts_of(c, 0).header;
-  bool objection = false;
-  for (int rank = threadIdx.x; rank < c.num_ranks(); rank += blockDim.x) {
-    const CountHeader& header = *counts_of(c, rank).header;
-    objection = objection || header.tag != first.tag || header.payload_bytes != first.payload_bytes ||
-                header.scale_bytes != first.scale_bytes || header.bad_token >= 0;
-    if (c.shape.layout == Layout::kPadded) continue;
+// Whether some rank would receive more than there is room for. With what sum_counts finds this is what deep_a2a::agree
+// decides on the host: the same answer from the same counts.
+__device__ inline bool overflows(const Context& c, const BasesArena& arena) {
+  bool overflow = false;
+  for (int rank = threadIdx.x; c.shape.layout != Layout::kPadded && rank < c.num_ranks(); rank += blockDim.x) {
     const int rows =
         c.shape.row_per_expert() ? max(arena.group_rows[rank], arena.rank_rows[rank]) : arena.rank_rows[rank];
-    objection = objection || rows > c.sizes.slot_rows;
+    overflow = overflow || rows > c.sizes.slot_rows;
   }
   for (int expert = threadIdx.x; c.shape.layout == Layout::kPadded && expert < c.shape.num_experts;
        expert += blockDim.x) {
-    objection = objection || arena.expert_rows[expert] > c.shape.expert_capacity;
+    overflow = overflow || arena.expert_rows[expert] > c.shape.expert_capacity;
   }
-  return objection;
+  return overflow;
 }
 
 // What this rank will receive, into `block` of ReceivedCounts; all threads of one block.
@@ -125,7 +135,7 @@ __device__ inline void write_counts(const Context& c, const BasesArena& arena, i
     if (c.shape.row_per_expert()) to.expert_offsets[expert] = arena.own_offsets[expert];
   }
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
-    to.rows_per_rank[source] = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + c.team.rank);
+    to.rows_per_rank[source] = arena.received_rows[source];
   }
   if (threadIdx.x != 0) return;
   if (c.shape.row_per_expert()) to.expert_offsets[experts] = arena.group_rows[c.team.rank];
@@ -155,20 +165,20 @@ __device__ inline void report_refusal(const Context& c) {
   if (threadIdx.x == 0) ptx::st_release_sys(&c.team.mailbox->refusal_set, c.epoch);
 }
 
-// All of D3 after the wait. Sets shared.refused.
+// All of D3 after the wait. Sets shared.refused. Afterwards only `expert_bases` of the arena may be looked at.
 __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena) {
-  sum_counts(c, arena);
+  const bool objection = sum_counts(c, arena);
   __syncthreads();
   if (c.shape.row_per_expert()) {
     start_groups(c, arena);
     __syncthreads();
   }
-  const bool refused = __syncthreads_or(finds_objection(c, arena)) != 0;
+  const bool refused = __syncthreads_or(objection || overflows(c, arena)) != 0;
   if (threadIdx.x == 0) {
     c.shared.refused = refused;
-    c.shared.num_rows = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : arena.rank_rows[c.team.rank];
+    c.shared.num_rank_rows = arena.rank_rows[c.team.rank];
+    c.shared.num_rows = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : c.shared.num_rank_rows;
   }
-  __syncthreads();
   if (blockIdx.x != 0) return;
   if (refused) {
     report_refusal(c);
@@ -178,11 +188,9 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
     const int local = static_cast<int>(threadIdx.x);
     if (local < c.num_locals()) {
       t.source.rank_bases[local] = c.shared.rank_bases[local];
-      t.source.rank_rows[local] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).rank_rows + c.neighbour(local));
+      t.source.rank_rows[local] = arena.sent_rows[local];
     }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) report_counts(c, t.ticket, c.shared.num_rows, arena.rank_rows[c.team.rank]);
 }
 
 }  // namespace deep_a2a::cuda

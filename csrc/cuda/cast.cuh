@@ -7,8 +7,9 @@
 
 namespace deep_a2a::cuda {
 
-constexpr int kCastChannels = 8;  // of a lane at a time: 16 bytes of BF16
-constexpr int kGroupLanes = kScaleGroupChannels / kCastChannels;
+constexpr int kCastChannels = 8;  // of a piece: 16 bytes of BF16
+constexpr int kGroupLanes = 4;    // that hold a group together
+constexpr int kLanePieces = kScaleGroupChannels / kCastChannels / kGroupLanes;
 constexpr float kMinAmax = 0x1p-96f;
 
 // The smallest power of two that is not below `value` (a positive float, or infinity), as a UE8M0 byte.
@@ -44,64 +45,64 @@ __device__ inline void write_scale(char* scales, int group, uint32_t scale, Scal
   }
 }
 
-// 8 channels of a lane.
-struct CastPiece {
-  float values[kCastChannels];
-  float amax;
+// The larger magnitude in each half, of BF16 values; NaN is ignored.
+__device__ inline uint32_t larger_magnitude(uint32_t most, uint32_t pair) {
+  return ptx::max_bf16x2(most, pair & 0x7FFF7FFFu);
+}
 
-  __device__ void load(const uint4& packed) {
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-    amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCastChannels; ++i) {
-      values[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
-      amax = fmaxf(amax, fabsf(values[i]));  // ignores NaN
-    }
-  }
-  template <bool kIsE4M3>
-  __device__ uint2 cast(float factor) const {
-    uint32_t out[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kCastChannels; i += 2) {
-      const float low = __fmul_rn(values[i], factor), high = __fmul_rn(values[i + 1], factor);
-      const uint32_t pair = kIsE4M3 ? ptx::float2_to_e4m3x2(low, high) : ptx::float2_to_e5m2x2(low, high);
-      out[i / 4] |= pair << (i % 4 * 8);
-    }
-    return make_uint2(out[0], out[1]);
-  }
-};
+__device__ inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-// Casts `channels` BF16 values, a multiple of 8. The lanes of a group hold its channels, 8 each; several groups are
-// under way at once, since one alone waits for its own results most of the time. `from` and `to` may be the same
-// memory: the warp has read a piece before it writes it.
+template <bool kIsE4M3>
+__device__ inline uint32_t cast_pair(uint32_t pair, float factor) {
+  const float low = __fmul_rn(low_bf16(pair), factor), high = __fmul_rn(high_bf16(pair), factor);
+  return kIsE4M3 ? ptx::float2_to_e4m3x2(low, high) : ptx::float2_to_e5m2x2(low, high);
+}
+
+template <bool kIsE4M3>
+__device__ inline uint2 cast_piece(const uint4& packed, float factor) {
+  return make_uint2(cast_pair<kIsE4M3>(packed.x, factor) | cast_pair<kIsE4M3>(packed.y, factor) << 16,
+                    cast_pair<kIsE4M3>(packed.z, factor) | cast_pair<kIsE4M3>(packed.w, factor) << 16);
+}
+
+// Casts `channels` BF16 values, a multiple of 8. Four lanes have a group, so that its divisions are done four times and
+// not once for every few channels; each takes its pieces in an order that keeps the lanes on different banks of shared
+// memory. `from` and `to` may be the same memory: the warp has read its groups before it writes them.
 template <bool kIsE4M3>
 __device__ void cast_row(const char* from, char* to, char* scales, int channels, ScaleFormat format) {
-  constexpr int kPieces = 4, kStride = kWarpThreads * kCastChannels;
-  const int lane_channel = lane_idx() * kCastChannels;
-  for (int first = 0; first < channels; first += kPieces * kStride) {
-    CastPiece pieces[kPieces];
+  const int group_idx = lane_idx() / kGroupLanes, lane_of_group = lane_idx() % kGroupLanes;
+  for (int first = 0; first < channels; first += kWarpThreads / kGroupLanes * kScaleGroupChannels) {
+    const int group = first + group_idx * kScaleGroupChannels;
+    const auto channel_of = [&](int i) {
+      const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
+      return group + piece * kCastChannels;
+    };
+    uint4 pieces[kLanePieces];
+    uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int channel = first + i * kStride + lane_channel;
-      uint4 packed = make_uint4(0, 0, 0, 0);
-      if (channel < channels) packed = *reinterpret_cast<const uint4*>(from + channel * 2);
-      pieces[i].load(packed);
+    for (int i = 0; i < kLanePieces; ++i) {
+      pieces[i] = make_uint4(0, 0, 0, 0);
+      if (channel_of(i) < channels) pieces[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
     }
+#pragma unroll
+    for (int i = 0; i < kLanePieces; ++i) {
+      most = larger_magnitude(larger_magnitude(most, pieces[i].x), pieces[i].y);
+      most = larger_magnitude(larger_magnitude(most, pieces[i].z), pieces[i].w);
+    }
+    float amax = fmaxf(low_bf16(most), high_bf16(most));
 #pragma unroll
     for (int step = kGroupLanes / 2; step > 0; step /= 2) {
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        pieces[i].amax = fmaxf(pieces[i].amax, __shfl_xor_sync(kFullWarp, pieces[i].amax, step));
-      }
+      amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, step));
     }
+    const ScaledGroup scaled = scale_group(amax, kIsE4M3 ? 448.0f : 57344.0f, format);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int channel = first + i * kStride + lane_channel;
-      if (channel >= channels) continue;
-      const ScaledGroup group = scale_group(pieces[i].amax, kIsE4M3 ? 448.0f : 57344.0f, format);
-      *reinterpret_cast<uint2*>(to + channel) = pieces[i].template cast<kIsE4M3>(group.factor);
-      if (lane_idx() % kGroupLanes == 0) write_scale(scales, channel / kScaleGroupChannels, group.scale, format);
+    for (int i = 0; i < kLanePieces; ++i) {
+      if (channel_of(i) >= channels) continue;
+      *reinterpret_cast<uint2*>(to + channel_of(i)) = cast_piece<kIsE4M3>(pieces[i], scaled.factor);
+    }
+    if (lane_of_group == 0 && group < channels) {
+      write_scale(scales, group / kScaleGroupChannels, scaled.scale, format);
     }
   }
 }

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   begin(c, t.half);
   if (t.half != Half::kReceive && !make_ready(c, t)) return;
   if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return;
-  ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
+  ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
   if (!all_of_block(Sums(c, t).run())) return;
   if (t.half != Half::kSend && t.args.with_side) c2_gather_side(c, t);
   if (!last_block(c, c.control.grid.left)) return;

@@ -206,10 +206,11 @@ __device__ inline void d2_exchange(const Context& c, const DispatchTask& t, cons
       (i < c.num_locals() ? to.rank_rows + c.neighbour(i) : to.expert_rows + (i - c.num_locals()))[0] = sums.all;
     }
   });
-  const int32_t bad = warp_idx() == 0 ? first_bad_entry(c, t) : kNoBadEntry;
-  for (int local = blockIdx.x; local < c.num_locals(); local += gridDim.x) {
-    const CountVector to = c.counts_at(local, c.team.rank);
-    if (threadIdx.x == 0) fill_header(c, t, bad, to.header);
+  if (warp_idx() == num_warps() - 1) {  // others have the counters
+    const int32_t bad = first_bad_entry(c, t);
+    for (int local = blockIdx.x; lane_idx() == 0 && local < c.num_locals(); local += gridDim.x) {
+      fill_header(c, t, bad, c.counts_at(local, c.team.rank).header);
+    }
   }
   __syncthreads();
   for (int local = blockIdx.x + threadIdx.x * gridDim.x; local < c.num_locals(); local += gridDim.x * blockDim.x) {

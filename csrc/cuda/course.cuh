@@ -15,6 +15,7 @@ enum class Course : int {
 // All threads. Peers that have to say who is late see that this rank has come.
 __device__ inline void begin(const Context& c, Half half) {
   init_barriers(c.shared.barriers, kMaxBarriers);
+  for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
   if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = 0;
   if (blockIdx.x == 0 && threadIdx.x == 0 && half != Half::kReceive) *c.own_word(Region::kProgress, 0) = c.epoch;
   __syncthreads();

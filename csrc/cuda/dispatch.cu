@@ -59,7 +59,11 @@ __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   if (!d3_wait_counts(c)) return false;
   d3_bases(c, t, BasesArena(c, t.plan));
   ptx::fence_proxy_async();  // the arena has been written by ordinary stores, now it is by bulk loads
-  return all_of_block(!meets || grid_wait(c, c.control.grid.placed));
+  if (!all_of_block(!meets || grid_wait(c, c.control.grid.placed))) return false;
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {  // of the warp that has the least to do
+    report_counts(c, t.ticket, c.shared.num_rows, c.shared.num_rank_rows);
+  }
+  return true;
 }
 
 // A cached dispatch has nothing to count: the numbers go from the handle to the result.
@@ -95,11 +99,13 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
   if (c.shape.row_per_expert()) {
-    ptx::fence_proxy_async();  // rows of peers, acquired by ordinary loads, are read by bulk loads
+    ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
     Puller(c, t).run();
+    d6_keep_routing(c, t, t.plan.move_warps);  // by the warps that pull nothing
     if (t.args.zero_padding) d6_zero_padding(c, t);
+  } else {
+    d6_keep_routing(c, t, 0);
   }
-  d6_keep_routing(c, t);
   return Course::kGoOn;
 }
 
@@ -111,7 +117,8 @@ __device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
 // By the last block, after all others have done their part. A dispatch that is refused has used its slot like any
 // other: the host releases it.
 __device__ Course close(const Context& c, const DispatchTask& t, Course course) {
-  if (t.half != Half::kReceive && threadIdx.x == 0) {
+  // A thread that does not signal, so that nobody waits for it.
+  if (t.half != Half::kReceive && threadIdx.x == blockDim.x - 1) {
     ++c.team.control->slots[t.args.slot].uses;
     if (course == Course::kRefused) {
       c.control.refused_epoch = c.epoch;
@@ -134,7 +141,9 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
     for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) arrays.counts[i] = 0;
     if (arrays.routing == nullptr) return;
     const ReceivedRouting routing = ReceivedRouting::at(c.shape, arrays.capacity, arrays.routing);
-    for (int64_t i = threadIdx.x; i < arrays.capacity * c.shape.num_topk; i += blockDim.x) write_route(routing, i, {});
+    for (int64_t i = threadIdx.x; i < arrays.capacity * c.shape.num_topk; i += blockDim.x) {
+      write_routes<1>(routing, i, {{-1}, {0.0f}, {-1}});
+    }
   };
   clear(t.result);
   if (t.cached) return;

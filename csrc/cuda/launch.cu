@@ -38,6 +38,7 @@ DeviceLimits prepare_kernels(int device) {
   check_argument(major >= 9, "device ", device, " has compute capability ", major, ", expected at least 9 (Hopper)");
   allow_shared_memory(dispatch_kernel, limits);
   allow_shared_memory(combine_kernel, limits);
+  allow_shared_memory(scales_kernel, limits);
   return limits;
 }
 
@@ -47,6 +48,10 @@ void launch_dispatch(const Launch& launch, const Team& team, const DispatchTask&
 
 void launch_combine(const Launch& launch, const Team& team, const CombineTask& task) {
   launch_kernel(combine_kernel, launch, kBlockThreads, task.plan.shared_bytes, team, task);
+}
+
+void launch_scales(const Launch& launch, const ScalesTask& task) {
+  launch_kernel(scales_kernel, launch, kScaleThreads, kScaleThreads / kWarpThreads * kScalePieceBytes, task);
 }
 
 void launch_release(cudaStream_t stream, const Team& team, int slot) {

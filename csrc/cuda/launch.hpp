@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/scales.hpp"
 #include "cuda/task.hpp"
 
 namespace deep_a2a::cuda {
@@ -17,6 +18,8 @@ DeviceLimits prepare_kernels(int device);
 
 void launch_dispatch(const Launch& launch, const Team& team, const DispatchTask& task);
 void launch_combine(const Launch& launch, const Team& team, const CombineTask& task);
+// Behind the receive half of a dispatch; these blocks need not be resident together.
+void launch_scales(const Launch& launch, const ScalesTask& task);
 // The lease of a slot is over.
 void launch_release(cudaStream_t stream, const Team& team, int slot);
 

@@ -56,6 +56,15 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* word, uint32_
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(value) : "memory");
   return old;
 }
+// In shared memory.
+__device__ __forceinline__ uint32_t atom_add_acq_rel_cta(uint32_t* word, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "r"(shared_address(word)), "r"(value)
+               : "memory");
+  return old;
+}
 __device__ __forceinline__ uint32_t atom_exch_acq_rel_gpu(uint32_t* word, uint32_t value) {
   uint32_t old;
   asm volatile("atom.exch.acq_rel.gpu.global.b32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(value) : "memory");
@@ -65,7 +74,8 @@ __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_re
 
 // Orders generic accesses of this thread before later bulk copies that it issues, and the other way round.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// The same for shared memory alone.
+// The same for global memory alone, and for shared memory alone.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -138,6 +148,13 @@ __device__ __forceinline__ uint16_t float2_to_e5m2x2(float low, float high) {
   uint16_t packed;
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// The larger one of each half; NaN only where both are.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
 }
 
 // Nanoseconds.

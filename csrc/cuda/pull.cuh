@@ -14,19 +14,40 @@ __device__ inline Region pulled_region(const DispatchTask& t) {
   return t.args.cast == Cast::kNone ? Region::kInputRows : Region::kCastRows;
 }
 
-// D4: what the source has to prepare in its own window; a warp for each row.
+// Given scales, to where peers find them, in pieces as large as their place allows.
+template <class Piece>
+__device__ inline void copy_scale_rows(const DispatchTask& t, char* to, int to_pitch) {
+  const auto pieces = static_cast<unsigned>(t.args.format.scale_bytes) / static_cast<unsigned>(sizeof(Piece));
+  const unsigned all = static_cast<unsigned>(t.args.num_tokens) * pieces, step = gridDim.x * blockDim.x;
+  const auto* from = static_cast<const char*>(t.args.scales);
+#pragma unroll 4
+  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
+    const unsigned token = i / pieces, piece = i % pieces;
+    reinterpret_cast<Piece*>(to + int64_t{token} * to_pitch)[piece] =
+        reinterpret_cast<const Piece*>(from + token * t.args.scales_pitch)[piece];
+  }
+}
+
+// D4: what the source has to prepare in its own window; of a cast, a warp for each row.
 __device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t) {
   char* rows = c.own(Region::kCastRows, c.lane);
   char* scales = c.own(Region::kInputScales, c.lane);
   const int pitch = t.args.format.scale_pitch();
-  for (int token = grid_warp_idx(); token < t.args.num_tokens; token += num_warps() * static_cast<int>(gridDim.x)) {
-    if (t.args.cast != Cast::kNone) {
+  if (t.args.cast != Cast::kNone) {
+    for (int token = grid_warp_idx(); token < t.args.num_tokens; token += num_warps() * static_cast<int>(gridDim.x)) {
       const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
       cast_row(from, rows + int64_t{token} * c.shape.hidden, scales + int64_t{token} * pitch, c.shape.hidden,
                t.args.cast, t.args.scale_format);
-    } else if (t.args.scales != nullptr) {
-      const auto* from = static_cast<const char*>(t.args.scales) + token * t.args.scales_pitch;
-      copy_bytes(scales + int64_t{token} * pitch, from, t.args.format.scale_bytes);
+    }
+  } else if (t.args.scales != nullptr) {
+    const auto all = reinterpret_cast<uintptr_t>(t.args.scales) | static_cast<uintptr_t>(t.args.scales_pitch) |
+                     static_cast<uintptr_t>(t.args.format.scale_bytes);
+    if (all % sizeof(uint4) == 0) {
+      copy_scale_rows<uint4>(t, scales, pitch);
+    } else if (all % sizeof(uint32_t) == 0) {
+      copy_scale_rows<uint32_t>(t, scales, pitch);
+    } else {
+      copy_scale_rows<char>(t, scales, pitch);
     }
   }
 }
@@ -102,6 +123,7 @@ class Puller {
   __device__ void load(const PullItem& it, int item, int stage) {
     const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
     stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
+    ptx::fence_proxy_async_shared();  // the scales have been read by ordinary loads
     __syncwarp();
     if (lane_idx() != 0) return;
     uint64_t* full = stages_.full + stage;
@@ -121,13 +143,25 @@ class Puller {
   }
 
   __device__ void store(int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
+    const int chunk = item % t_.plan.num_chunks;
     const int64_t row = stages_.kept_row(stage);
-    if (row < 0) return;
-    char* to = rows_ + row * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
-    ptx::bulk_store(to, stages_.payload(stage), chunk_bytes(chunk));
-    if (chunk != 0 || span == 0) return;
-    ptx::bulk_store(scales_ + row * t_.args.format.scale_pitch(), stages_.scales(stage), span);
+    if (row >= 0) {
+      char* to = rows_ + row * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
+      ptx::bulk_store(to, stages_.payload(stage), chunk_bytes(chunk));
+    }
+    if (chunk == 0) store_scales(stage, __ballot_sync(kFullWarp, row >= 0));
+  }
+
+  // By ordinary stores, as in Pusher: `targets` are the lanes that have a row.
+  __device__ void store_scales(int stage, uint32_t targets) const {
+    const int pitch = t_.args.format.scale_pitch();
+    for (int offset = lane_idx() * 16; offset < t_.args.format.scale_span(); offset += kWarpThreads * 16) {
+      const uint4 value = *reinterpret_cast<const uint4*>(stages_.scales(stage) + offset);
+      for (uint32_t left = targets; left != 0; left &= left - 1) {
+        const int64_t row = stages_.row_of(stage, __ffs(left) - 1);
+        *reinterpret_cast<uint4*>(scales_ + row * pitch + offset) = value;
+      }
+    }
   }
 
   const Context& c_;

@@ -1,5 +1,6 @@
 // D4 send, layout kRank: each row once into shared memory, from there once to every destination rank, straight to its
-// final row. Scales and the route record go along; a cast to FP8 happens in between.
+// final row. A cast to FP8 happens in between. Scales and the route record go along by ordinary stores: for the bulk
+// engine of an SM a copy of a few bytes is as long as one of a kilobyte.
 #pragma once
 
 #include "cuda/cast.cuh"
@@ -28,8 +29,6 @@ class Pusher {
                                            : c.shared.rank_bases[dest_]) {
     if (lane_idx() >= c.num_locals()) return;
     rows_ = c.region(dest_, Region::kRecvRows, t.args.slot);
-    scales_ = c.region(dest_, Region::kRecvScales, t.args.slot);
-    records_ = c.region(dest_, Region::kRecvRoutes, t.args.slot);
   }
 
   __device__ void run() {
@@ -68,8 +67,11 @@ class Pusher {
 
   __device__ void load(const PushItem& it, int item, int stage) {
     const int token = item / t_.plan.num_chunks, chunk = item % t_.plan.num_chunks;
-    stages_.keep_row(stage, it.place >= 0 ? it.place + base_ : -1);
+    ptx::fence_proxy_async_shared();  // what a cast has read and written, before the load
+    __syncwarp();
     const bool wanted = __any_sync(kFullWarp, it.place >= 0);
+    if (lane_idx() == 0) load_payload(token, chunk, stages_.payload(stage), stages_.full + stage, wanted);
+    stages_.keep_row(stage, it.place >= 0 ? it.place + base_ : -1);
     if (wanted && chunk == 0) {
       if (!t_.cached && lane_idx() < c_.shape.num_topk) {
         const RouteRecord record = RouteRecord::at(c_.shape, stages_.record(stage));
@@ -78,21 +80,21 @@ class Pusher {
       }
       copy_scales(token, stage);
     }
-    ptx::fence_proxy_async_shared();  // the record and the scales, for the stores; what a cast has read, for the load
     __syncwarp();
-    if (lane_idx() != 0) return;
-    uint64_t* full = stages_.full + stage;
+  }
+
+  __device__ void load_payload(int token, int chunk, char* to, uint64_t* full, bool wanted) const {
     if (!wanted) {
       ptx::mbarrier_arrive(full);
       return;
     }
     const auto* from = static_cast<const char*>(t_.args.x) + token * t_.args.x_pitch + chunk * t_.plan.chunk_bytes;
     ptx::mbarrier_arrive_expect_tx(full, input_bytes(chunk));
-    ptx::bulk_load(stages_.payload(stage), from, input_bytes(chunk), full);
+    ptx::bulk_load(to, from, input_bytes(chunk), full);
   }
 
-  // Given scales lie as the caller likes, so no bulk copy.
-  __device__ void copy_scales(int token, int stage) {
+  // Given scales lie as the caller likes.
+  __device__ void copy_scales(int token, int stage) const {
     if (t_.args.scales == nullptr) return;
     const char* from = static_cast<const char*>(t_.args.scales) + token * t_.args.scales_pitch;
     copy_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);
@@ -101,9 +103,10 @@ class Pusher {
   __device__ void store(int item, int stage) {
     const int chunk = item % t_.plan.num_chunks;
     const int64_t row = stages_.kept_row(stage);
+    if (!__any_sync(kFullWarp, row >= 0)) return;
     int payload = input_bytes(chunk), payload_offset = chunk * t_.plan.chunk_bytes;
     int scales = chunk == 0 ? t_.args.format.scale_span() : 0, scales_offset = 0;
-    if (casts() && __any_sync(kFullWarp, row >= 0)) {
+    if (casts()) {
       const int group_bytes = t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4;
       scales_offset = payload_offset / 2 / kScaleGroupChannels * group_bytes;
       payload /= 2;
@@ -113,15 +116,27 @@ class Pusher {
       ptx::fence_proxy_async_shared();
       __syncwarp();
     }
-    if (row < 0) return;
-    const int32_t pitch = t_.args.format.payload_bytes;
-    ptx::bulk_store(rows_ + row * pitch + payload_offset, stages_.payload(stage), payload);
-    if (scales > 0) {
-      ptx::bulk_store(scales_ + row * t_.args.format.scale_pitch() + scales_offset, stages_.scales(stage), scales);
+    if (row >= 0) {
+      ptx::bulk_store(rows_ + row * t_.args.format.payload_bytes + payload_offset, stages_.payload(stage), payload);
     }
-    if (chunk == 0 && !t_.cached) {
-      const int64_t record = c_.sizes.record_bytes;
-      ptx::bulk_store(records_ + row * record, stages_.record(stage), static_cast<uint32_t>(record));
+    store_side(stage, scales, scales_offset, chunk == 0 && !t_.cached ? static_cast<int>(c_.sizes.record_bytes) : 0);
+  }
+
+  // Scales and record of a row to all its ranks: the warp stores both at once.
+  __device__ void store_side(int stage, int scales, int scales_offset, int record) const {
+    for (int offset = lane_idx() * 16; offset < scales + record; offset += kWarpThreads * 16) {
+      const bool of_scales = offset < scales;
+      const char* from = of_scales ? stages_.scales(stage) + offset : stages_.record(stage) + (offset - scales);
+      const uint4 value = *reinterpret_cast<const uint4*>(from);
+      const int64_t first = of_scales
+                                ? c_.team.layout.offset(Region::kRecvScales, t_.args.slot) + scales_offset + offset
+                                : c_.team.layout.offset(Region::kRecvRoutes, t_.args.slot) + (offset - scales);
+      const int64_t pitch = of_scales ? t_.args.format.scale_pitch() : c_.sizes.record_bytes;
+      for (int i = 0, dest = c_.local_rank(); i < c_.num_locals(); ++i) {
+        if (++dest == c_.num_locals()) dest = 0;  // as dest_ of lane i
+        const int32_t row = stages_.row_of(stage, i);
+        if (row >= 0) *reinterpret_cast<uint4*>(c_.team.windows[dest] + first + row * pitch) = value;
+      }
     }
   }
 
@@ -131,8 +146,6 @@ class Pusher {
   const int dest_;      // the lane's destination rank, local; ranks start with different ones
   const int32_t base_;  // of this source's rows there
   char* rows_ = nullptr;
-  char* scales_ = nullptr;
-  char* records_ = nullptr;
   PushItem next_;
 };
 

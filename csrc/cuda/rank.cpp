@@ -119,7 +119,7 @@ void Rank::place_input(cudaStream_t stream, DispatchTask& task) {
   args.x_pitch = bytes;
 }
 
-uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source) {
+uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source, const ColumnScales& columns) {
   check_dispatch(task);
   const OnDevice on(device_);
   const Launch used{launch.stream, check_num_sms(launch.num_sms, limits_)};
@@ -131,6 +131,10 @@ uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source) {
   if (capture == cudaStreamCaptureStatusNone) task.ticket = task.half == Half::kReceive ? tickets_ : ++tickets_;
   if (task.half != Half::kReceive) place_input(launch.stream, task);
   launch_dispatch(used, team_, task);
+  if (columns.words != nullptr && columns.pitch > 0 && task.half != Half::kSend) {
+    launch_scales(used, ScalesTask::of(shape(), task.args, task.result.counts, own(Region::kRecvScales, task.args.slot),
+                                       columns));
+  }
   return task.ticket;
 }
 

@@ -33,8 +33,9 @@ class Rank {
   int64_t source_bytes(int num_tokens) const;
 
   // Launches a half, or both, on `launch.num_sms` SMs (0 for the default). `source` is the block that the handle keeps.
+  // The receive half also lays the scales out by column, if `columns` has memory for them.
   // Returns a ticket for wait_counts().
-  uint64_t dispatch(const Launch& launch, DispatchTask task, void* source);
+  uint64_t dispatch(const Launch& launch, DispatchTask task, void* source, const ColumnScales& columns);
   // The rows of a slot to the caller's memory, by copy engine.
   void copy_out(cudaStream_t stream, int slot, int64_t num_rows, const RowFormat& format, void* rows, void* scales);
   // `num_rows` of `args.rows`, which are copied into the window unless they lie there (layout kRank).

@@ -36,59 +36,103 @@ __device__ inline void d4_send_records(const Context& c, const DispatchTask& t, 
   }
 }
 
-// What a receiver keeps of one top-k slot of a rank row: nothing of other ranks' experts.
-struct KeptRoute {
-  int32_t expert = -1;
-  float weight = 0.0f;
-  int32_t row = -1;
+// What a receiver keeps of kWidth top-k slots of a rank row: nothing of other ranks' experts.
+template <int kWidth>
+struct KeptRoutes {
+  int32_t experts[kWidth];
+  float weights[kWidth];
+  int32_t rows[kWidth];
 };
 
-__device__ inline KeptRoute kept_route(const Context& c, const RouteRecord& record, int slot) {
-  const int32_t expert = record.experts[slot], row = c.shape.row_per_expert() ? record.expert_rows[slot] : -1;
-  const float weight = record.weights[slot];
-  if (!c.is_own_expert(expert)) return {};
-  return {expert - c.sizes.first_expert, weight, row};
-}
-
-__device__ inline void write_route(const ReceivedRouting& to, int64_t entry, const KeptRoute& route) {
-  to.topk_idx[entry] = route.expert;
-  to.topk_weights[entry] = route.weight;
-  if (to.expert_rows != nullptr) to.expert_rows[entry] = route.row;
-}
-
-// The routing of entry `entry` of the rank rows, and into the handle what only pulling needs.
-__device__ inline KeptRoute received_route(const Context& c, const DispatchTask& t, const ReceivedRouting& kept,
-                                           unsigned entry, unsigned num_entries) {
-  if (entry >= num_entries) return {};
-  if (t.cached) {
-    return {kept.topk_idx[entry], kept.topk_weights[entry], kept.expert_rows == nullptr ? -1 : kept.expert_rows[entry]};
+// kWidth words that follow each other, in one access.
+template <int kWidth, class T>
+__device__ inline void copy_words(T* to, const T* from) {
+  static_assert(sizeof(T) == 4 && (kWidth == 1 || kWidth == 4), "a word, or 16 bytes");
+  if constexpr (kWidth == 4) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  } else {
+    *to = *from;
   }
-  const unsigned topk = static_cast<unsigned>(c.shape.num_topk);
-  const RouteRecord record = own_record(c, t, entry / topk);
-  if (kept.from_row != nullptr && entry % topk == 0) kept.from_row[entry / topk] = *record.from_row;
-  return kept_route(c, record, static_cast<int>(entry % topk));
 }
 
-// D6: the routing of the rank rows into the handle and the result; a cached dispatch copies it from the handle. What
-// lies behind the rows is filled with no expert. A thread takes several entries at a time, to wait for them together.
-__device__ inline void d6_keep_routing(const Context& c, const DispatchTask& t) {
-  constexpr int kTogether = 4;
+template <int kWidth>
+__device__ inline void write_routes(const ReceivedRouting& to, int64_t entry, const KeptRoutes<kWidth>& routes) {
+  copy_words<kWidth>(to.topk_idx + entry, routes.experts);
+  copy_words<kWidth>(to.topk_weights + entry, routes.weights);
+  if (to.expert_rows != nullptr) copy_words<kWidth>(to.expert_rows + entry, routes.rows);
+}
+
+// The routing of the entries from `entry` on, and into the handle what only pulling needs.
+template <int kWidth>
+__device__ inline KeptRoutes<kWidth> received_routes(const Context& c, const DispatchTask& t,
+                                                     const ReceivedRouting& kept, unsigned entry,
+                                                     unsigned num_entries) {
+  alignas(16) KeptRoutes<kWidth> routes;
+  bool own[kWidth] = {};
+  if (entry < num_entries) {
+    const bool per_expert = c.shape.row_per_expert();
+    if (t.cached) {
+      copy_words<kWidth>(routes.experts, kept.topk_idx + entry);
+      copy_words<kWidth>(routes.weights, kept.topk_weights + entry);
+      if (per_expert) copy_words<kWidth>(routes.rows, kept.expert_rows + entry);
+    } else {
+      const auto topk = static_cast<unsigned>(c.shape.num_topk);
+      const unsigned slot = entry % topk;
+      const RouteRecord record = own_record(c, t, entry / topk);
+      copy_words<kWidth>(routes.experts, record.experts + slot);
+      copy_words<kWidth>(routes.weights, record.weights + slot);
+      if (per_expert) copy_words<kWidth>(routes.rows, record.expert_rows + slot);
+      if (per_expert && slot == 0) kept.from_row[entry / topk] = *record.from_row;
+    }
+    const int first = t.cached ? 0 : c.sizes.first_expert;  // the handle has local experts
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      routes.experts[i] -= first;
+      own[i] = static_cast<uint32_t>(routes.experts[i]) < static_cast<uint32_t>(c.sizes.num_local_experts);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (!own[i]) routes.experts[i] = -1, routes.weights[i] = 0.0f;
+    if (!own[i] || !c.shape.row_per_expert()) routes.rows[i] = -1;
+  }
+  return routes;
+}
+
+template <int kWidth>
+__device__ inline void keep_routing(const Context& c, const DispatchTask& t, int first_warp) {
+  constexpr unsigned kTogether = kWidth == 4 ? 2 : 4;  // to wait for them together
   const auto topk = static_cast<unsigned>(c.shape.num_topk);
   const unsigned num_entries = static_cast<unsigned>(ReceivedCounts::at(c.shape, t.kept.counts).num_received[1]) * topk;
   const unsigned all_entries = static_cast<unsigned>(t.result.capacity) * topk;
   const ReceivedRouting kept = ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing);
   const ReceivedRouting result = ReceivedRouting::at(c.shape, t.result.capacity, t.result.routing);
-  const unsigned step = gridDim.x * blockDim.x;
-  for (unsigned first = blockIdx.x * blockDim.x + threadIdx.x; first < all_entries; first += kTogether * step) {
-    KeptRoute routes[kTogether];
+  const unsigned step = gridDim.x * static_cast<unsigned>(num_warps() - first_warp) * kWarpThreads * kWidth;
+  const auto warp = static_cast<unsigned>(warp_idx() - first_warp) * gridDim.x + blockIdx.x;
+  const unsigned first = (warp * kWarpThreads + static_cast<unsigned>(lane_idx())) * kWidth;
+  for (unsigned entry = first; entry < all_entries; entry += kTogether * step) {
+    KeptRoutes<kWidth> routes[kTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) routes[i] = received_route(c, t, kept, first + i * step, num_entries);
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i * step >= all_entries) break;
-      if (!t.cached) write_route(kept, first + i * step, routes[i]);
-      write_route(result, first + i * step, routes[i]);
+    for (unsigned i = 0; i < kTogether; ++i) {
+      routes[i] = received_routes<kWidth>(c, t, kept, entry + i * step, num_entries);
     }
+#pragma unroll
+    for (unsigned i = 0; i < kTogether; ++i) {
+      if (entry + i * step >= all_entries) break;
+      if (!t.cached) write_routes<kWidth>(kept, entry + i * step, routes[i]);
+      write_routes<kWidth>(result, entry + i * step, routes[i]);
+    }
+  }
+}
+
+// D6: the routing of the rank rows into the handle and the result; a cached dispatch copies it from the handle. What
+// lies behind the rows is filled with no expert. By the warps from `first_warp` on.
+__device__ inline void d6_keep_routing(const Context& c, const DispatchTask& t, int first_warp) {
+  if (warp_idx() < first_warp) return;
+  if (c.shape.num_topk % 4 == 0) {
+    keep_routing<4>(c, t, first_warp);
+  } else {
+    keep_routing<1>(c, t, first_warp);
   }
 }
 

@@ -13,10 +13,12 @@ struct BlockShared {
   uint64_t barriers[kMaxBarriers];
   int32_t rank_bases[kMaxRanksPerNode];  // where this rank's rows start at each rank of the node
   int32_t num_rows;                      // of `x`, that this rank receives
-  int32_t bad_entry;                     // the first of topk_idx that is out of range
+  int32_t num_rank_rows;
+  int32_t bad_entry;  // the first of topk_idx that is out of range
   uint32_t refused;
   uint32_t slot_taken;  // when first looked at, a rank had not released the slot
   uint32_t last_block;
+  uint32_t parts[kMaxReadyParts];  // warps that have added their rows of it
 };
 
 // The arena follows: one phase of a kernel uses it after another.

@@ -24,6 +24,8 @@ struct Stages {
     if (lane_idx() < plan.num_targets) rows(stage)[lane_idx()] = row;
   }
   __device__ int32_t kept_row(int stage) const { return lane_idx() < plan.num_targets ? rows(stage)[lane_idx()] : -1; }
+  // What another lane has kept.
+  __device__ int32_t row_of(int stage, int lane) const { return rows(stage)[lane]; }
 
  private:
   __device__ int32_t* rows(int stage) const { return reinterpret_cast<int32_t*>(payload(stage) + plan.rows_offset); }

@@ -17,7 +17,7 @@ enum class Weighting : int { kNone, kByTerm };
 // A pair of warps and its part of the block: `empty` barriers follow the `full` ones.
 struct SumRing {
   const CombinePlan& plan;
-  int pair;
+  int idx;
   bool loads;  // this warp does; the other one adds
   int stage_pitch;
   char* memory;
@@ -26,14 +26,14 @@ struct SumRing {
 
   __device__ SumRing(const Context& c, const CombinePlan& the_plan)
       : plan(the_plan),
-        pair(warp_idx() % the_plan.num_pairs),
-        loads(warp_idx() >= the_plan.num_pairs),
+        idx(warp_idx() % the_plan.num_rings),
+        loads(warp_idx() < the_plan.num_rings),
         stage_pitch(align_up(the_plan.chunk_bytes, 128)),
-        memory(c.arena + static_cast<int64_t>(pair) * the_plan.num_stages * stage_pitch),
-        full(c.shared.barriers + pair * 2 * the_plan.num_stages),
+        memory(c.arena + static_cast<int64_t>(idx) * the_plan.num_stages * stage_pitch),
+        full(c.shared.barriers + idx * 2 * the_plan.num_stages),
         empty(full + the_plan.num_stages) {}
-  __device__ bool in_use() const { return warp_idx() < 2 * plan.num_pairs; }
-  __device__ char* stage(int idx) const { return memory + idx * stage_pitch; }
+  __device__ bool in_use() const { return warp_idx() < 2 * plan.num_rings; }
+  __device__ char* stage(int stage_idx) const { return memory + stage_idx * stage_pitch; }
   // `ahead` places from `from`, at most a whole round.
   __device__ RingPosition at(RingPosition from, int ahead) const {
     from.stage += ahead;
@@ -120,22 +120,6 @@ __device__ void add_many_chunks(const SumRing& ring, RingPosition at, int count,
   }
 }
 
-template <Weighting kWeighting>
-__device__ void add_chunks(const SumRing& ring, RingPosition at, int count, float weight, char* out, int bytes) {
-  switch (count) {
-    case 1:
-      return add_chunks<kWeighting, 1>(ring, at, weight, out, bytes);
-    case 2:
-      return add_chunks<kWeighting, 2>(ring, at, weight, out, bytes);
-    case 3:
-      return add_chunks<kWeighting, 3>(ring, at, weight, out, bytes);
-    case 4:
-      return add_chunks<kWeighting, 4>(ring, at, weight, out, bytes);
-    default:
-      return add_many_chunks<kWeighting>(ring, at, count, weight, out, bytes);
-  }
-}
-
 // The values of the lanes in `present`, moved to the first lanes.
 __device__ inline float compact(float value, uint32_t present) {
   float mine = 0.0f;
@@ -146,32 +130,56 @@ __device__ inline float compact(float value, uint32_t present) {
   return mine;
 }
 
-// One chunk of one sum: each lane has its term. The loading warp starts the loads once the stages are free; the adding
-// warp waits for them and writes the rounded sum to `out`. Both pass the same terms; `at` goes on.
-__device__ inline void sum_chunk(const SumRing& ring, RingPosition& at, const Term& term, Weighting weighting,
-                                 int chunk_offset, int bytes, char* out) {
+// Loads the terms of one sum, a lane for each, once their stages are free. Lanes need not wait for each other. Both
+// warps of a ring pass the same terms; `at` goes on.
+__device__ inline void load_row(const SumRing& ring, RingPosition& at, const Term& term, int row_bytes) {
   const uint32_t present = __ballot_sync(kFullWarp, term.row != nullptr);
   const int count = __popc(present);
-  if (ring.loads) {
-    if (term.row != nullptr) {
-      const RingPosition mine = ring.at(at, __popc(present & lanes_below()));
+  if (term.row != nullptr) {
+    RingPosition mine = ring.at(at, __popc(present & lanes_below()));
+    for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) {
+      const int bytes = min(ring.plan.chunk_bytes, row_bytes - offset);
       wait_full(ring.empty + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
       ptx::fence_proxy_async_shared();  // what the other warp has read is overwritten by a bulk load
       ptx::mbarrier_arrive_expect_tx(ring.full + mine.stage, bytes);
-      ptx::bulk_load(ring.stage(mine.stage), term.row + chunk_offset, bytes, ring.full + mine.stage);
+      ptx::bulk_load(ring.stage(mine.stage), term.row + offset, bytes, ring.full + mine.stage);
+      mine = ring.at(mine, count);
     }
-    __syncwarp();
-  } else {
+  }
+  __syncwarp();
+  for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) at = ring.at(at, count);
+}
+
+// Adds the chunks of one sum with `add` as they come, and writes them, rounded, to `out`.
+template <class Add>
+__device__ void add_row(const SumRing& ring, RingPosition& at, int count, char* out, int row_bytes, Add&& add) {
+  for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) {
     for (int i = 0; i < count; ++i) wait_full(ring.full + ring.at(at, i).stage, ring.at(at, i).parity);
-    if (weighting == Weighting::kByTerm) {
-      add_chunks<Weighting::kByTerm>(ring, at, count, compact(term.weight, present), out, bytes);
-    } else {
-      add_chunks<Weighting::kNone>(ring, at, count, 1.0f, out, bytes);
-    }
+    add(out + offset, min(ring.plan.chunk_bytes, row_bytes - offset));
     __syncwarp();
     if (lane_idx() < count) ptx::mbarrier_arrive(ring.empty + ring.at(at, lane_idx()).stage);
+    at = ring.at(at, count);
   }
-  at = ring.at(at, count);
+}
+
+template <Weighting kWeighting>
+__device__ void add_row(const SumRing& ring, RingPosition& at, const Term& term, char* out, int row_bytes) {
+  const uint32_t present = __ballot_sync(kFullWarp, term.row != nullptr);
+  const int count = __popc(present);
+  const float weight = kWeighting == Weighting::kByTerm ? compact(term.weight, present) : 1.0f;
+  const auto add_with = [&](auto&& add) { add_row(ring, at, count, out, row_bytes, add); };
+  switch (count) {
+    case 1:
+      return add_with([&](char* to, int bytes) { add_chunks<kWeighting, 1>(ring, at, weight, to, bytes); });
+    case 2:
+      return add_with([&](char* to, int bytes) { add_chunks<kWeighting, 2>(ring, at, weight, to, bytes); });
+    case 3:
+      return add_with([&](char* to, int bytes) { add_chunks<kWeighting, 3>(ring, at, weight, to, bytes); });
+    case 4:
+      return add_with([&](char* to, int bytes) { add_chunks<kWeighting, 4>(ring, at, weight, to, bytes); });
+    default:
+      return add_with([&](char* to, int bytes) { add_many_chunks<kWeighting>(ring, at, count, weight, to, bytes); });
+  }
 }
 
 }  // namespace deep_a2a::cuda

@@ -7,66 +7,67 @@
 
 namespace deep_a2a::cuda {
 
-enum class SumKind : int { kOwnRow, kToken };
+enum class SumKind : int { kOwnRow, kPartEnd, kToken };
 
-// One row to be summed.
+// One row to be summed, or the end of a part.
 struct SumItem {
   SumKind kind = SumKind::kToken;
-  int row = 0;     // of an own row: its index among the source's; of a token: the token
+  int idx = 0;     // of an own row: among its source's; the part; the token
   int source = 0;  // of an own row: a rank of the node
 };
 
-// What a pair does, in its order. Segment k: rank rows [k * B, (k + 1) * B) of every source, kReadyRows of one source
-// at a time, then tokens [(k - 1) * B, k * B). A token's row at a rank has an index no larger than the token's own, so
-// its terms belong to earlier segments, on every rank: whoever keeps to the order waits for nothing that waits for him.
+// What a ring does, in its order. With parts of B rows, segment k is: rank rows [k * B, (k + 1) * B) of every source,
+// the end of part k, tokens [(k - kLag) * B, (k - kLag + 1) * B). A token's row at a rank has an index no larger than
+// the token's own, so its terms belong to earlier segments, on every rank: whoever keeps to the order waits for nothing
+// that waits for him.
 class SumSequence {
  public:
   // `rows_from`: by lane, own rows to be summed for each source.
-  __device__ SumSequence(const CombinePlan& plan, int pair, int num_locals, int local_rank, int32_t rows_from,
+  __device__ SumSequence(const CombinePlan& plan, int ring, int num_locals, int local_rank, int32_t rows_from,
                          int num_tokens)
-      : step_(plan.num_pairs * static_cast<int>(gridDim.x)),
+      : step_(plan.num_rings * static_cast<int>(gridDim.x)),
         num_locals_(num_locals),
         local_rank_(local_rank),
         rows_from_(rows_from),
         num_tokens_(num_tokens),
-        batch_tokens_(plan.batch_tokens),
-        batch_units_(plan.batch_tokens / kReadyRows * num_locals),
-        unit_(pair * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)),
-        token_(unit_) {
-    num_units_ = ceil_div(static_cast<int>(__reduce_max_sync(kFullWarp, rows_from)), kReadyRows) * num_locals;
+        part_shift_(plan.part_shift),
+        row_(ring * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)),
+        token_(row_) {
+    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, rows_from));
+    num_rows_ = most * num_locals;
+    num_parts_ = (most + (1 << part_shift_) - 1) >> part_shift_;
   }
 
-  // The next row; false at the end. All lanes alike.
+  // The next item; false at the end. All lanes alike.
   __device__ bool next(SumItem& item) {
     while (true) {
-      if (unit_ < min(num_units_, end_of_units_ + batch_units_)) {
+      if (row_ < min(num_rows_, (segment_ + 1 << part_shift_) * num_locals_)) {
         if (next_own_row(item)) return true;
-      } else if (token_ < min(num_tokens_, end_of_tokens_)) {
+      } else if (ended_ <= segment_ && ended_ < num_parts_) {
+        item = {SumKind::kPartEnd, ended_++, 0};
+        return true;
+      } else if (token_ < min(num_tokens_, segment_ + 1 - kLag << part_shift_)) {
         item = {SumKind::kToken, token_, 0};
         token_ += step_;
         return true;
-      } else if (unit_ >= num_units_ && token_ >= num_tokens_) {
+      } else if (ended_ >= num_parts_ && token_ >= num_tokens_) {
         return false;
       } else {
-        end_of_units_ += batch_units_;
-        end_of_tokens_ += batch_tokens_;
+        ++segment_;
       }
     }
   }
 
  private:
-  // A unit is kReadyRows rows of one source; units go round the sources.
+  // Other ranks may be behind by that many parts, and nobody waits for them.
+  static constexpr int kLag = 8;
+
+  // Rows go round the sources.
   __device__ bool next_own_row(SumItem& item) {
-    const int source = (local_rank_ + 1 + unit_ % num_locals_) % num_locals_;
-    const int row = unit_ / num_locals_ * kReadyRows + row_of_unit_;
-    if (row_of_unit_ < kReadyRows && row < __shfl_sync(kFullWarp, rows_from_, source)) {
-      item = {SumKind::kOwnRow, row, source};
-      ++row_of_unit_;
-      return true;
-    }
-    row_of_unit_ = 0;
-    unit_ += step_;
-    return false;
+    const int source = (local_rank_ + 1 + row_ % num_locals_) % num_locals_;
+    item = {SumKind::kOwnRow, row_ / num_locals_, source};
+    row_ += step_;
+    return item.idx < __shfl_sync(kFullWarp, rows_from_, source);
   }
 
   const int step_;
@@ -74,17 +75,16 @@ class SumSequence {
   const int local_rank_;
   const int32_t rows_from_;
   const int num_tokens_;
-  const int batch_tokens_;
-  const int batch_units_;
-  int num_units_;
-  int end_of_units_ = 0;   // of the segment before
-  int end_of_tokens_ = 0;  // of the segment
-  int unit_;
-  int row_of_unit_ = 0;
+  const int part_shift_;
+  int num_rows_;  // with what is missing where a source has less than others
+  int num_parts_;
+  int segment_ = 0;
+  int ended_ = 0;
+  int row_;
   int token_;
 };
 
-// One warp of a pair at its work.
+// One warp of a ring at its work.
 class Sums {
  public:
   __device__ Sums(const Context& c, const CombineTask& t)
@@ -106,21 +106,29 @@ class Sums {
   // False where the kernel has to be left.
   __device__ bool run() {
     if (!ring_.in_use()) return true;
-    SumSequence sequence(t_.plan, ring_.pair, c_.num_locals(), c_.local_rank(), rows_from_, num_tokens_);
+    SumSequence sequence(t_.plan, ring_.idx, c_.num_locals(), c_.local_rank(), rows_from_, num_tokens_);
     Work next;
     bool more = fetch(sequence, next);
     while (more) {
       const Work now = next;
       more = fetch(sequence, next);  // under way while this row is summed
-      const bool own = now.item.kind == SumKind::kOwnRow;
-      const Weighting weighting = own && t_.args.weighted ? Weighting::kByTerm : Weighting::kNone;
-      const Term term = own ? own_term(now) : token_term(now);
-      char* out = own ? own_out(now.item) : token_out(now.item);
-      if (!own && ring_.loads) wait_ready(now.index);
-      for (int offset = 0; offset < row_bytes_; offset += t_.plan.chunk_bytes) {
-        sum_chunk(ring_, at_, term, weighting, offset, min(t_.plan.chunk_bytes, row_bytes_ - offset), out + offset);
+      if (now.item.kind == SumKind::kPartEnd) {
+        if (!ring_.loads) end_part(now.item.idx);
+        continue;
       }
-      if (own && !ring_.loads) tell_ready(now.item);
+      const bool own = now.item.kind == SumKind::kOwnRow;
+      const Term term = own ? own_term(now) : token_term(now);
+      if (ring_.loads) {
+        if (!own) wait_ready(now.index);
+        load_row(ring_, at_, term, row_bytes_);
+        continue;
+      }
+      char* out = own ? own_out(now.item) : token_out(now.item);
+      if (own && t_.args.weighted) {
+        add_row<Weighting::kByTerm>(ring_, at_, term, out, row_bytes_);
+      } else {
+        add_row<Weighting::kNone>(ring_, at_, term, out, row_bytes_);
+      }
     }
     return !aborted_;
   }
@@ -129,17 +137,18 @@ class Sums {
   // A row with what memory says of it, as it was loaded: whoever looks at that has to wait for it.
   struct Work {
     SumItem item;
-    int32_t index =
-        -1;  // by lane, -1 for none. Of an own row: the slot's expert row; of a token: its place at the rank
+    // By lane, -1 for none. Of an own row: the slot's expert row; of a token: its place at the rank.
+    int32_t index = -1;
     float weight = 1.0f;
   };
 
   __device__ bool fetch(SumSequence& sequence, Work& work) const {
     if (!sequence.next(work.item)) return false;
     work.index = -1;
+    if (work.item.kind == SumKind::kPartEnd) return true;
     if (work.item.kind == SumKind::kToken) {
       if (lane_idx() >= c_.num_locals()) return true;
-      work.index = t_.source.rank_places[int64_t{work.item.row} * c_.num_locals() + lane_idx()];
+      work.index = t_.source.rank_places[int64_t{work.item.idx} * c_.num_locals() + lane_idx()];
     } else {
       const int64_t entry = rank_row_of(work.item) * c_.shape.num_topk + lane_idx();
       if (lane_idx() >= c_.shape.num_topk) return true;
@@ -150,7 +159,7 @@ class Sums {
   }
 
   __device__ int64_t rank_row_of(const SumItem& own) const {
-    return int64_t{__shfl_sync(kFullWarp, start_of_, own.source)} + own.row;
+    return int64_t{__shfl_sync(kFullWarp, start_of_, own.source)} + own.idx;
   }
   // C1b: a lane for each top-k slot.
   __device__ Term own_term(const Work& work) const {
@@ -166,30 +175,34 @@ class Sums {
     return {peer_rows_ + int64_t{base_ + work.index} * row_bytes_};
   }
   __device__ char* token_out(const SumItem& token) const {
-    return static_cast<char*>(t_.args.out) + int64_t{token.row} * row_bytes_;
+    return static_cast<char*>(t_.args.out) + int64_t{token.idx} * row_bytes_;
   }
 
-  // After the last row of those that have a flag together. This warp has written them all.
-  __device__ void tell_ready(const SumItem& item) const {
-    const int rows = __shfl_sync(kFullWarp, rows_from_, item.source);
-    const bool last = item.row % kReadyRows == kReadyRows - 1 || item.row == rows - 1;
-    if (!last) return;
+  // The last warp of the last block to have added its rows of a part tells all ranks that it is readable.
+  __device__ void end_part(int part) const {
     __syncwarp();
-    if (lane_idx() != 0) return;
-    const int64_t idx = int64_t{c_.local_rank()} * max_ready_chunks(c_.shape) + item.row / kReadyRows;
-    signal(c_.team, c_.word(item.source, Region::kReadyChunk, c_.lane, idx), Tag::word(c_.epoch, c_.tag));
+    bool last = false;
+    if (lane_idx() == 0) {
+      const auto warps = static_cast<uint32_t>(ring_.plan.num_rings);
+      last = ptx::atom_add_acq_rel_cta(c_.shared.parts + part, 1) == warps - 1 &&
+             grid_arrive(c_.control.grid.parts[part]) == gridDim.x - 1;
+    }
+    if (!__any_sync(kFullWarp, last)) return;
+    __syncwarp();
+    if (lane_idx() >= c_.num_locals()) return;
+    const int64_t idx = int64_t{c_.local_rank()} * kMaxReadyParts + part;
+    signal(c_.team, c_.word(lane_idx(), Region::kReadyPart, c_.lane, idx), Tag::word(c_.epoch, c_.tag));
   }
 
-  // Tokens ascend, so the rows of each lane do. After a wait that failed the loads go on, of rows that mean nothing:
-  // the adding warp must not be left alone.
+  // For the parts in which a token has its rows; tokens ascend, so parts do. After a wait that failed the loads go
+  // on, of rows that mean nothing: the adding warps must not be left alone.
   __device__ void wait_ready(int place) {
-    const int chunk = place >= 0 ? place / kReadyRows : -1;
-    if (c_.shape.row_per_expert() && chunk > seen_ && !aborted_) {
-      const int64_t idx = int64_t{lane_idx()} * max_ready_chunks(c_.shape) + chunk;
-      const uint64_t* word = c_.own_word(Region::kReadyChunk, idx);
+    const int part = place >= 0 ? place >> t_.plan.part_shift : -1;
+    if (c_.shape.row_per_expert() && part > seen_ && !aborted_) {
+      const uint64_t* word = c_.own_word(Region::kReadyPart, int64_t{lane_idx()} * kMaxReadyParts + part);
       aborted_ = !wait(c_, word, Tag::word(c_.epoch, 0), Step::kC2Gather, c_.neighbour(lane_idx()));
-      seen_ = chunk;
-      ptx::fence_proxy_async();  // acquired by an ordinary load, read by bulk loads
+      seen_ = part;
+      ptx::fence_proxy_async_global();  // acquired by an ordinary load, read by bulk loads
     }
     __syncwarp();
   }
@@ -204,7 +217,7 @@ class Sums {
   int32_t base_ = 0;                 // of this rank's rows there
   int32_t rows_from_ = 0;            // own rows to be summed for the lane's rank
   int32_t start_of_ = 0;             // the first of them
-  int seen_ = -1;                    // the last rows of the lane's rank that are known to be ready
+  int seen_ = -1;                    // the last part of the lane's rank that is known to be readable
   bool aborted_ = false;
   RingPosition at_;
 };

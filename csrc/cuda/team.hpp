@@ -18,6 +18,7 @@ struct GridCounters {
   uint32_t readied;
   uint32_t sent;
   uint32_t left;
+  uint32_t parts[kMaxReadyParts];
 };
 
 // A lane's memory on the GPU: here because a captured graph advances it without the host.

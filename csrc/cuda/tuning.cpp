@@ -15,8 +15,9 @@ constexpr int kCastChunkBytes = 8192;  // of BF16: a cast wants more warps than 
 constexpr int kCastStagesWanted = 2;
 constexpr int kStagesWanted = 3;  // one loads, one is full, one is being stored
 constexpr int kSumChunkBytes = 3584;
-constexpr int kMostPairs = kBlockWarps / 2;
+constexpr int kMostSumRings = kBlockWarps / 2;
 constexpr int kFewestSumStages = 8;
+constexpr int kRowsOfPart = 4;  // of a ring
 // A cast makes its scales in whole 16 bytes for every chunk: 16 groups of UE8M0, one byte each.
 constexpr int kCastChunkChannels = 16 * kScaleGroupChannels;
 constexpr int kFewTokens = 512;  // for a block to count all by itself: two rounds of its warps
@@ -48,7 +49,8 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   const int64_t left = arena - plan.ring_offset;
 
   const int64_t counters = (int64_t{s.num_experts} + s.topology.ranks_per_node) * 4;  // of a warp
-  const int64_t bases = (int64_t{s.num_experts} + s.num_local_experts() + 2 * s.topology.num_ranks) * 4;
+  const int64_t bases =
+      (int64_t{s.num_experts} + s.num_local_experts() + 3 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
   check_argument(std::max(2 * counters, bases) <= left, "num_experts = ", s.num_experts,
                  " is too many for the counters in a block's shared memory: they take ", std::max(2 * counters, bases),
                  " of ", left, " bytes");
@@ -87,15 +89,17 @@ CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits
   const int64_t arena = limits.shared_bytes - kArenaBegin;
   const int terms = std::max(s.topology.ranks_per_node, s.row_per_expert() ? s.num_topk : 1);
   plan.num_stages = std::max(terms, kFewestSumStages);
-  plan.num_pairs = std::min(kMostPairs, kMaxBarriers / 2 / plan.num_stages);
-  const int64_t stage = std::min<int64_t>(kSumChunkBytes, arena / (int64_t{plan.num_pairs} * plan.num_stages));
+  plan.num_rings = std::min(kMostSumRings, kMaxBarriers / 2 / plan.num_stages);
+  const int64_t stage = std::min<int64_t>(kSumChunkBytes, arena / (int64_t{plan.num_rings} * plan.num_stages));
   plan.chunk_bytes =
       static_cast<int>(std::min<int64_t>(stage / kStageAlignment * kStageAlignment, s.max_payload_bytes()));
   plan.num_chunks = static_cast<int>(ceil_div<int64_t>(s.max_payload_bytes(), plan.chunk_bytes));
-  // Every pair gets own rows of one flag in each segment.
-  plan.batch_tokens = kReadyRows * ceil_div(plan.num_pairs * num_sms, s.topology.ranks_per_node);
+  // A part should give every ring some rows, whose lengths even out.
+  const int enough = std::max(kRowsOfPart * ceil_div(plan.num_rings * num_sms, s.topology.ranks_per_node),
+                              ceil_div(s.max_tokens, kMaxReadyParts));
+  while (1 << plan.part_shift < enough) ++plan.part_shift;
   plan.shared_bytes =
-      static_cast<int>(kArenaBegin + int64_t{plan.num_pairs} * plan.num_stages * aligned(plan.chunk_bytes));
+      static_cast<int>(kArenaBegin + int64_t{plan.num_rings} * plan.num_stages * aligned(plan.chunk_bytes));
   return plan;
 }
 

@@ -38,11 +38,11 @@ struct DispatchPlan {
 };
 
 struct CombinePlan {
-  int num_pairs = 0;     // of a warp that loads and a warp that adds, each with a ring
-  int num_stages = 0;    // of a ring: at least as many as a sum has terms
-  int chunk_bytes = 0;   // of a row, in one stage
-  int num_chunks = 0;    // of a row
-  int batch_tokens = 0;  // tokens whose sums follow the own rows that they may need
+  int num_rings = 0;    // of a warp that loads and a warp that adds
+  int num_stages = 0;   // of a ring: at least as many as a sum has terms
+  int chunk_bytes = 0;  // of a row, in one stage
+  int num_chunks = 0;   // of a row
+  int part_shift = 0;   // own rows become readable, and tokens follow them, in parts of 2^part_shift of each source
   int shared_bytes = 0;
 };
 

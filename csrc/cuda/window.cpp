@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "cuda/api.hpp"
 #include "cuda/farewell.hpp"
@@ -38,7 +39,14 @@ std::shared_ptr<Window> Window::open(const std::string& handle, int64_t bytes, i
   return std::shared_ptr<Window>(new Window(static_cast<char*>(data), bytes, device, Origin::kOpened));
 }
 
+std::shared_ptr<Window> Window::lend(char* data, int64_t bytes, int device, std::shared_ptr<void> owner) {
+  std::shared_ptr<Window> window(new Window(data, bytes, device, Origin::kLent));
+  window->owner_ = std::move(owner);
+  return window;
+}
+
 Window::~Window() {
+  if (origin_ == Origin::kLent) return;
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);

@@ -1,4 +1,5 @@
-// A rank's window in device memory, shared with the processes of its node by CUDA IPC.
+// A rank's window in device memory, shared with the processes of its node by CUDA IPC, or a part of somebody else's
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,8 @@ class Window {
   static std::shared_ptr<Window> create(int64_t bytes, int device);
   // A peer's, by its handle; peer access between the devices is turned on.
   static std::shared_ptr<Window> open(const std::string& handle, int64_t bytes, int device);
+  // In memory that `owner` keeps.
+  static std::shared_ptr<Window> lend(char* data, int64_t bytes, int device, std::shared_ptr<void> owner);
 
   ~Window();
   Window(const Window&) = delete;
@@ -24,7 +27,7 @@ class Window {
   std::string handle() const;
 
  private:
-  enum class Origin { kCreated, kOpened };
+  enum class Origin { kCreated, kOpened, kLent };
   Window(char* data, int64_t bytes, int device, Origin origin)
       : data_(data), bytes_(bytes), device_(device), origin_(origin) {}
 
@@ -32,6 +35,7 @@ class Window {
   int64_t bytes_;
   int device_;
   Origin origin_;
+  std::shared_ptr<void> owner_;  // of lent memory
 };
 
 }  // namespace deep_a2a::cuda

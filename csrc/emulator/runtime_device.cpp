@@ -32,6 +32,9 @@ cudaError_t attribute_of(int* value, cudaDeviceAttr attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = kMaxSharedBytes;
       return cudaSuccess;
+    case cudaDevAttrGPUDirectRDMAWritesOrdering:
+      *value = cudaGPUDirectRDMAWritesOrderingOwner;
+      return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

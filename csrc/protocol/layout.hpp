@@ -24,7 +24,7 @@ enum class Region : int {
   kSentFlag,
   kRelayedFlag,
   kReadyFlag,
-  kReadyChunk,
+  kReadyPart,
   kReadFlag,
   kCounts,
   kNetCountsIn,
@@ -68,8 +68,8 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kSentFlag, "sent_flag", Scope::kPerLane, locals * kWordBytes, "rows of the node stored");
   visit(Region::kRelayedFlag, "relayed_flag", Scope::kPerLane, locals * kWordBytes, "rows of other nodes stored");
   visit(Region::kReadyFlag, "ready_flag", Scope::kPerLane, locals * kWordBytes, "combine rows readable");
-  visit(Region::kReadyChunk, "ready_chunk", Scope::kPerLane,
-        s.row_per_expert() ? locals * max_ready_chunks(s) * kWordBytes : 0, "combine rows readable, in chunks (cuda)");
+  visit(Region::kReadyPart, "ready_part", Scope::kPerLane,
+        s.row_per_expert() ? locals * kMaxReadyParts * kWordBytes : 0, "combine rows readable, in parts (cuda)");
   visit(Region::kReadFlag, "read_flag", Scope::kPerLane, locals * kWordBytes, "combine rows read");
   visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts, "count vectors by source rank");
   visit(Region::kNetCountsIn, "net_counts_in", Scope::kPerLane, streams * counts, "count vectors of rail peers");

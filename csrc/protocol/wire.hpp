@@ -125,9 +125,8 @@ DEEP_A2A_HOST_DEVICE inline int rows_per_chunk(const Shape& s) {
   const int64_t rows = s.chunk_bytes / StreamRow::max_bytes(s);
   return static_cast<int>(rows < 1 ? 1 : rows > s.max_tokens ? s.max_tokens : rows);
 }
-// Own rows (C1b) become readable together, that many of one source: a flag costs as much as several rows.
-constexpr int kReadyRows = 4;
-DEEP_A2A_HOST_DEVICE inline int max_ready_chunks(const Shape& s) { return ceil_div(s.max_tokens, kReadyRows); }
+// Own sums (C1b) become readable in at most that many parts.
+constexpr int kMaxReadyParts = 64;
 
 DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return ceil_div(s.max_tokens, rows_per_chunk(s)); }
 

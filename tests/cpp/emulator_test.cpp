@@ -8,9 +8,9 @@ int main() {
   struct {
     const char* name;
     void (*run)();
-  } const tests[] = {{"processes", test_processes}, {"warps", test_warps},    {"blocks", test_blocks},
-                     {"copies", test_copies},       {"races", test_races},    {"failures", test_failures},
-                     {"functions", test_functions}, {"runtime", test_runtime}};
+  } const tests[] = {{"processes", test_processes}, {"warps", test_warps},     {"blocks", test_blocks},
+                     {"copies", test_copies},       {"races", test_races},     {"failures", test_failures},
+                     {"functions", test_functions}, {"runtime", test_runtime}, {"network", test_network}};
   for (const auto& test : tests) {
     const int before = num_failures;
     test.run();

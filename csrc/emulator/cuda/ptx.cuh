@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "emulator/device_memory.hpp"
@@ -40,6 +41,7 @@ inline uint32_t atom_add_acq_rel_gpu(uint32_t* word, uint32_t value) {
   emulator::maybe_preempt();
   return __atomic_fetch_add(word, value, __ATOMIC_ACQ_REL);
 }
+inline uint32_t atom_add_acq_rel_cta(uint32_t* word, uint32_t value) { return atom_add_acq_rel_gpu(word, value); }
 inline uint32_t atom_exch_acq_rel_gpu(uint32_t* word, uint32_t value) {
   emulator::maybe_preempt();
   return __atomic_exchange_n(word, value, __ATOMIC_ACQ_REL);
@@ -47,6 +49,7 @@ inline uint32_t atom_exch_acq_rel_gpu(uint32_t* word, uint32_t value) {
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_global() {}
 inline void fence_proxy_async_shared() {}
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
@@ -85,6 +88,15 @@ inline uint16_t float2_to_e4m3x2(float low, float high) {
 }
 inline uint16_t float2_to_e5m2x2(float low, float high) {
   return static_cast<uint16_t>(float_to_fp8<E5M2>(low) | float_to_fp8<E5M2>(high) << 8);
+}
+
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  const auto larger = [&](int shift) {
+    const float from_a = bits_float(a >> shift << 16), from_b = bits_float(b >> shift << 16);
+    const bool take_b = std::isnan(from_a) || from_b > from_a;
+    return ((take_b ? b : a) >> shift & 0xFFFFu) << shift;
+  };
+  return larger(0) | larger(16);
 }
 
 inline uint64_t global_timer() { return emulator::global_timer(); }

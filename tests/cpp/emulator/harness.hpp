@@ -90,5 +90,6 @@ void test_races();
 void test_failures();
 void test_functions();
 void test_runtime();
+void test_network();
 
 }  // namespace deep_a2a::emulator_test
