@@ -49,7 +49,7 @@ def plan_combine(shape: Shape, *, num_sms: int, shared_bytes: int) -> dict[str, 
 
 class Rank:
     num_sms: int  # of the device
-    wire_bytes: int  # moved between GPUs so far
+    wire_bytes: tuple[int, int]  # moved so far, between GPUs of a node and over the network
     def __init__(
         self,
         *,
@@ -57,11 +57,13 @@ class Rank:
         rank: int,
         device: int,
         windows: list[Window],
+        rail_pes: list[int] = ...,
         timeout_s: float,
         delay_seed: int | None = None,
     ) -> None: ...
     # Sizes of the blocks of device memory that the caller allocates, 16-byte aligned.
     def source_bytes(self, num_tokens: int) -> int: ...
+    def relay_bytes(self) -> int: ...
     def counts_words(self) -> int: ...
     def routing_words(self, capacity: int) -> int: ...
     def dispatch(
@@ -88,6 +90,7 @@ class Rank:
         zero_padding: bool,
         cached: bool,
         source: int,
+        relay: int,
         kept_counts: int,
         kept_routing: int,
         kept_capacity: int,
@@ -117,6 +120,7 @@ class Rank:
         side_out: int,
         num_tokens: int,
         source: int,
+        relay: int,
         kept_counts: int,
         kept_routing: int,
         kept_capacity: int,

@@ -56,10 +56,14 @@ def meet(
     return [answer["member"] for answer in answers]
 
 
-def require_one_host(members: list[Member], rank: int, backend: str) -> None:
-    elsewhere = [other for other, member in enumerate(members) if member["host"] != members[rank]["host"]]
+def require_one_host(members: list[Member], rank: int, backend: str, first: int = 0) -> None:
+    """`members` are the ranks that have to share it, of which `first` is the first one."""
+    elsewhere = [first + other for other, member in enumerate(members) if member["host"] != members[rank]["host"]]
     if elsewhere:
-        raise CommError(f"backend {backend!r} needs all ranks on one host, but ranks {elsewhere} are elsewhere")
+        raise CommError(
+            f"backend {backend!r} needs ranks {first} to {first + len(members) - 1} on one host, but ranks {elsewhere} "
+            f"are elsewhere than rank {first + rank}"
+        )
 
 
 def together(group: Group, step: Callable[[], Any], timeout_s: float, purpose: str) -> list[Any]:
@@ -72,7 +76,7 @@ def together(group: Group, step: Callable[[], Any], timeout_s: float, purpose: s
         error = CommTimeoutError(
             f"rank {group.rank} gave up after {timeout_s} s: it could not {purpose} with every rank"
         )
-    except (OSError, RuntimeError, ValueError, MemoryError) as failure:
+    except (ImportError, OSError, RuntimeError, ValueError, MemoryError) as failure:
         error = failure
     mine = {"error": brief(error), "memory": isinstance(error, MemoryError), "value": value}
     answers = all_gather(group, mine, timeout_s, f"a Buffer that wants to {purpose}")

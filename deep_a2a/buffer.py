@@ -48,7 +48,7 @@ class Buffer:
         num_topk: experts per token, 1 to 32.
         num_max_tokens_per_rank: the most tokens that one rank dispatches at a time.
         ranks_per_node: None for the ranks of each host. Otherwise it splits them into pretend nodes, and all traffic
-            between these takes the path between nodes. Backends "cuda" and "emulated": all ranks are of one node.
+            between these takes the path between nodes. Backend "cuda" needs NVSHMEM then.
         backend: "cpu" (ranks are processes of one host), "cuda" (ranks have GPUs of one host that reach each other over
             NVLink or PCIe; several may share one), "emulated" (the kernels of "cuda" on the CPU, slowly: for tests), or
             "auto": "cuda" where there is a GPU for torch or CuPy, or for `device`, else "cpu".

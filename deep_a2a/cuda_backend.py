@@ -51,11 +51,13 @@ class CudaBackend:
         self._timeout_s = timeout_s
         self._capturing = False
         self._released: dict[int, CudaEvent] = {}  # by slot: its last release
+        self._window: _cuda.Window | None = window
         self._views: WindowViews | None = WindowViews(self.shape, lambda library: _wrap(library, window, device))
 
     @property
     def wire_bytes(self) -> dict[str, int]:
-        return {"nvlink": self.rank.wire_bytes}
+        nvlink, network = self.rank.wire_bytes
+        return {"nvlink": nvlink, "network": network} if self.settings.num_nodes > 1 else {"nvlink": nvlink}
 
     def dispatch(self, request: DispatchRequest, slot: int) -> CudaDispatch:
         self.rank.check_faults()
@@ -81,11 +83,15 @@ class CudaBackend:
     def close(self, in_flight: object) -> None:
         # A kernel gives up by itself, but needs a moment to come to its end after that.
         end = time.monotonic() + self._timeout_s + _GRACE_S
-        if not all([lane.wait_idle(end) for lane in self.lanes]):
+        is_over = all([lane.wait_idle(end) for lane in self.lanes])
+        if not is_over:
             _unfinished.append((self._rank, self.lanes, in_flight))
+        # What peers have put may still be on its way here.
+        if self.settings.num_nodes > 1 and self._rank is not None and (not is_over or self.is_poisoned()):
+            self._native.SymmetricHeap.lose(self._window)
         # With the engine go the windows of the peers; the own one stays while there are views of it. Freeing memory
         # of a GPU waits for what is on callers' streams.
-        self._rank, self._views, self.lanes = None, None, []
+        self._rank, self._window, self._views, self.lanes = None, None, None, []
 
     # For operations under way.
 

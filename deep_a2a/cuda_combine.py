@@ -62,6 +62,7 @@ class CudaCombine:
             side_out=0 if self.side is None else library.describe(self.side).pointer,
             num_tokens=request.handle.num_tokens,
             source=handle.source.pointer,
+            relay=handle.relay.pointer,
             kept_counts=handle.kept.counts.pointer,
             kept_routing=handle.kept.routing_pointer,
             kept_capacity=handle.kept.capacity,

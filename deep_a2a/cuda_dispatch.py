@@ -25,6 +25,7 @@ class CudaHandle:
 
     library: Library
     source: Array
+    relay: Array
     kept: ReceivedBlocks
     received: CudaEvent | None = None  # None before the receive half is launched
 
@@ -48,7 +49,9 @@ class CudaDispatch:
         if request.handle is None:
             num_bytes = max(backend.rank.source_bytes(request.payload.num_tokens), 1)
             source = library.describe(library.empty((num_bytes,), "uint8", backend.device))
-            self.handle = CudaHandle(library, source, ReceivedBlocks.for_counts(backend, library))
+            relay_bytes = max(backend.rank.relay_bytes(), 1)
+            relay = library.describe(library.empty((relay_bytes,), "uint8", backend.device))
+            self.handle = CudaHandle(library, source, relay, ReceivedBlocks.for_counts(backend, library))
         else:
             self.handle = request.handle.call
         self._x: Any = None
@@ -162,6 +165,7 @@ class CudaDispatch:
             zero_padding=request.zero_padding,
             cached=request.handle is not None,
             source=self.handle.source.pointer,
+            relay=self.handle.relay.pointer,
             kept_counts=kept.counts.pointer,
             kept_routing=kept.routing_pointer,
             kept_capacity=kept.capacity,

@@ -1,20 +1,26 @@
-"""How ranks on GPUs of one host share their windows: by handles of CUDA IPC, which go through the group."""
+"""How ranks on GPUs share their windows: on one node by handles of CUDA IPC, which go through the group; with several
+nodes windows lie in NVSHMEM's symmetric memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deep_a2a import nvshmem_job, nvshmem_memory
 from deep_a2a.arrays import Device
 from deep_a2a.bootstrap import Member, host_identity, require_one_host, together
 from deep_a2a.cuda_backend import CudaBackend
 from deep_a2a.errors import CommError
 from deep_a2a.group import Group
 from deep_a2a.memory import check_affordable, format_bytes
+from deep_a2a.nvshmem_library import load
 from deep_a2a.settings import Settings
 from deep_a2a.streams import StreamChoice
 
 if TYPE_CHECKING:
     from deep_a2a import _cuda
+
+
+_USUAL_SMS = 12  # when nothing is said: as in csrc/cuda/tuning.cpp
 
 
 class CudaSite:
@@ -46,16 +52,14 @@ class CudaSite:
     def connect(
         self, group: Group, members: list[Member], settings: Settings, nbytes: int, timeout_s: float
     ) -> CudaBackend:
-        if settings.ranks_per_node != settings.num_ranks:
-            raise ValueError(
-                f"ranks_per_node must be the number of ranks, {settings.num_ranks}, with backend {self.name!r}, got "
-                f"{settings.ranks_per_node}: traffic between nodes needs the NVSHMEM transport, which this version "
-                "does not have"
-            )
-        require_one_host(members, group.rank, self.name)
+        first = group.rank - group.rank % settings.ranks_per_node
+        neighbours = members[first : first + settings.ranks_per_node]
+        require_one_host(neighbours, group.rank - first, self.name, first)
         if self.device.kind == "cpu":
-            check_affordable(nbytes, len(members))
-        together(group, lambda: self._check_peers(members, group.rank), timeout_s, "reach its peers")
+            check_affordable(nbytes, sum(member["host"] == self.member["host"] for member in members))
+        together(group, lambda: self._check_peers(neighbours, group.rank - first, first), timeout_s, "reach its peers")
+        if settings.num_nodes > 1:
+            return self._connect_nodes(group, settings, nbytes, timeout_s)
         created: list[_cuda.Window] = []
 
         def create() -> str:
@@ -70,25 +74,56 @@ class CudaSite:
             for rank, handle in enumerate(handles):
                 mine = rank == group.rank
                 windows.append(created[0] if mine else self._open(handle, nbytes, members, group.rank, rank))
-            ranks.append(self._start(settings, group.rank, windows, timeout_s))
+            ranks.append(self._start(self._native, settings, group.rank, windows, timeout_s, []))
 
         together(group, open_all, timeout_s, "open the windows of its peers")
-        return CudaBackend(
-            self._native,
-            ranks[0],
-            settings,
-            self.device,
+        return self._backend(self._native, ranks[0], settings, created[0], timeout_s)
+
+    def _connect_nodes(self, group: Group, settings: Settings, nbytes: int, timeout_s: float) -> CudaBackend:
+        together(group, lambda: self._network_native() is not None, timeout_s, "load NVSHMEM")
+        native = self._network_native()
+        if self.device.kind == "cpu":  # the process has one network: the last Buffer's seed counts
+            seed = self._delay_seed
+            native.set_network_seed(None if seed is None else seed * settings.num_ranks + group.rank)
+        job = nvshmem_job.join(
+            native,
+            group,
             self._ordinal,
-            created[0],
-            timeout_s,
-            self._num_sms,
-            self._choice,
+            heap_bytes=nbytes,
+            num_queues=settings.num_lanes * (self._num_sms or _USUAL_SMS),  # a block puts without waiting for others
+            timeout_s=timeout_s,
+        )
+        windows = nvshmem_memory.allocate(job, group, nbytes, timeout_s)
+        locals_ = settings.ranks_per_node
+        first = group.rank - group.rank % locals_
+        near = windows[first : first + locals_]
+        rail_pes = list(job.pes[group.rank % locals_ :: locals_])
+        ranks: list[Any] = []
+
+        def start() -> None:
+            for local, window in enumerate(near):
+                if window is None:
+                    raise CommError(
+                        f"NVSHMEM does not map the memory of rank {first + local} to rank {group.rank} of the same "
+                        "node: ranks_per_node must be at most the number of ranks that NVLink connects"
+                    )
+            ranks.append(self._start(native, settings, group.rank, near, timeout_s, rail_pes))
+
+        together(group, start, timeout_s, "start")
+        return self._backend(native, ranks[0], settings, windows[group.rank], timeout_s)
+
+    def _network_native(self) -> Any:
+        return self._native if self.name == "emulated" else load()[0]
+
+    def _backend(self, native: Any, rank: Any, settings: Settings, window: Any, timeout_s: float) -> CudaBackend:
+        return CudaBackend(
+            native, rank, settings, self.device, self._ordinal, window, timeout_s, self._num_sms, self._choice
         )
 
     def close(self) -> None:
         pass
 
-    def _check_peers(self, members: list[Member], rank: int) -> None:
+    def _check_peers(self, members: list[Member], rank: int, first: int) -> None:
         """Every other GPU can be reached. Those that this process does not see are found out about when opened."""
         mine = members[rank]
         seen = {self._native.pci_bus_id(idx): idx for idx in range(self._native.device_count())}
@@ -97,8 +132,9 @@ class CudaSite:
             if peer is None or peer == self._ordinal or self._native.can_access_peer(self._ordinal, peer):
                 continue
             raise CommError(
-                f"the GPUs of rank {rank} ({_named(mine)}) and rank {other} ({_named(member)}) have no peer access to "
-                "each other: backend 'cuda' needs NVLink, or PCIe with peer-to-peer access, between all GPUs"
+                f"the GPUs of rank {first + rank} ({_named(mine)}) and rank {first + other} ({_named(member)}) have no "
+                "peer access to each other: backend 'cuda' needs NVLink, or PCIe with peer-to-peer access, between all "
+                "GPUs of a node"
             )
 
     def _create(self, nbytes: int) -> _cuda.Window:
@@ -120,12 +156,21 @@ class CudaSite:
             ) from error
         return window
 
-    def _start(self, settings: Settings, rank: int, windows: list[_cuda.Window], timeout_s: float) -> _cuda.Rank:
-        engine: _cuda.Rank = self._native.Rank(
+    def _start(
+        self,
+        native: Any,
+        settings: Settings,
+        rank: int,
+        windows: list[_cuda.Window],
+        timeout_s: float,
+        rail_pes: list[int],
+    ) -> _cuda.Rank:
+        engine: _cuda.Rank = native.Rank(
             shape=settings.shape(),
             rank=rank,
             device=self._ordinal,
             windows=windows,
+            rail_pes=rail_pes,
             timeout_s=timeout_s,
             delay_seed=self._delay_seed,
         )

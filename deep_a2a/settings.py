@@ -28,6 +28,10 @@ class Settings:
     num_slots: int = 2
     num_lanes: int = 2
 
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks // self.ranks_per_node
+
     def shape(self) -> Shape:
         """The native form. Raises TypeError or ValueError naming the argument, what came and what was expected."""
         self._check_types()

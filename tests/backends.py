@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,15 +13,23 @@ import torch.distributed as dist
 import deep_a2a
 from deep_a2a.results import Event
 
-# "emulated" is the CUDA kernels run by the CPU. Both have one node; "cpu" alone has traffic between nodes.
+# "emulated" is the CUDA kernels run by the CPU.
 BACKENDS = ("cpu", "emulated", "cuda")
 MARKS = {"cpu": (), "emulated": (), "cuda": (pytest.mark.gpu,)}
+# Whether ranks with GPUs of this host may be taken for several nodes: NVSHMEM wants a GPU for each, or the network that
+# tests/test_network_gpu.py tells of. One node only, unless somebody asks for more.
+GPU_NODES = os.environ.get("DEEP_A2A_TEST_GPU_NODES") == "1"
+
 NODES = {  # nodes and ranks per node that tests go through
     "cpu": ("1x1", "1x8", "2x4", "4x2", "8x1", "2x3"),
-    "emulated": ("1x1", "1x2", "1x3", "1x4", "1x8"),
-    "cuda": ("1x1", "1x2", "1x3", "1x4", "1x8"),
+    "emulated": ("1x1", "1x2", "1x3", "1x4", "1x8", "2x1", "2x2", "4x1", "3x2"),
+    "cuda": ("1x1", "1x2", "1x3", "1x4", "1x8", *(("2x1", "2x2", "4x1") if GPU_NODES else ())),
 }
-USUAL_NODES = {"cpu": "2x4", "emulated": "1x4", "cuda": "1x4"}
+USUAL_NODES = {  # the first ones where nothing else is said
+    "cpu": ("2x4",),
+    "emulated": ("1x4", "2x2"),
+    "cuda": ("1x4", *(("2x2",) if GPU_NODES else ())),
+}
 # Few, as the emulator runs every thread of every block, and more than one, so that blocks have to meet.
 EMULATED_SMS = 2
 
@@ -30,19 +39,30 @@ on_device_backends = pytest.mark.parametrize(
 )
 
 
-def on_nodes(num_ranks: int, sizes: Iterable[int]) -> pytest.MarkDecorator:
-    """`backend` with `ranks_per_node`: any of `sizes` on the CPU, all ranks on the others."""
-    places = [("cpu", size) for size in sizes] + [(name, num_ranks) for name in BACKENDS[1:]]
+def on_nodes(num_ranks: int, sizes: Iterable[int], first: int = 0) -> pytest.MarkDecorator:
+    """`backend`, of all but the `first` ones, with `ranks_per_node`: any of `sizes`, and all ranks."""
+    places = [
+        (name, size)
+        for name in BACKENDS[first:]
+        for size in sorted({*sizes, num_ranks})
+        if name != "cuda" or size == num_ranks or GPU_NODES
+    ]
     params = [pytest.param(name, size, marks=MARKS[name], id=f"{name}-{size} per node") for name, size in places]
     return pytest.mark.parametrize(("backend", "ranks_per_node"), params)
 
 
-def on_topologies() -> pytest.MarkDecorator:
-    """`backend` with `topology`."""
+def on_topologies(nodes: Mapping[str, Iterable[str]] = NODES, first: int = 0) -> pytest.MarkDecorator:
+    """`backend`, of all but the `first` ones, with `topology`, one of the backend's `nodes`."""
     params = [
-        pytest.param(name, nodes, marks=MARKS[name], id=f"{name}-{nodes}") for name in BACKENDS for nodes in NODES[name]
+        pytest.param(name, topology, marks=MARKS[name], id=f"{name}-{topology}")
+        for name in BACKENDS[first:]
+        for topology in nodes[name]
     ]
     return pytest.mark.parametrize(("backend", "topology"), params)
+
+
+on_usual_nodes = on_topologies(USUAL_NODES)
+on_usual_nodes_of_devices = on_topologies(USUAL_NODES, 1)
 
 
 # ---- in a rank -------------------------------------------------------------------------------------------------
@@ -58,11 +78,13 @@ def device_of(backend: str) -> torch.device:
 
 
 def place(backend: str, ranks_per_node: int | None = None) -> dict[str, Any]:
-    """Arguments of a Buffer. `ranks_per_node` is for the CPU: the others take all ranks as one node."""
+    """Arguments of a Buffer."""
     device_of(backend)
-    if backend == "cpu":
-        return {"backend": backend, "ranks_per_node": ranks_per_node}
-    return {"backend": backend, "num_sms": EMULATED_SMS if backend == "emulated" else None}
+    return {
+        "backend": backend,
+        "ranks_per_node": None if backend == "cuda" and not GPU_NODES else ranks_per_node,
+        "num_sms": EMULATED_SMS if backend == "emulated" else None,
+    }
 
 
 def wait_for(event: Event | None) -> None:

@@ -157,7 +157,7 @@ class Case:
 def case_on(backend: str, **fields: Any) -> Case:
     """A case of `fields`, with the backend's usual ranks and SMs where they say nothing else."""
     num_sms = EMULATED_SMS if backend == "emulated" else None
-    return Case(**{"topology": USUAL_NODES[backend], "backend": backend, "num_sms": num_sms, **fields})
+    return Case(**{"topology": USUAL_NODES[backend][0], "backend": backend, "num_sms": num_sms, **fields})
 
 
 def random_tokens(numbers: random.Random, num_ranks: int, max_tokens: int) -> tuple[int, ...]:

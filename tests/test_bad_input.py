@@ -30,11 +30,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "unknown layout": ({"layout": "token"}, "ValueError", ["layout", "'rank'", "'expert'", "'padded'", "'token'"]),
     "unknown backend": ({"backend": "tpu"}, "ValueError", ["backend", "'cpu'", "'tpu'"]),
     **({} if torch.cuda.is_available() else {"no GPU": ({"backend": "cuda"}, "ValueError", ["backend", "'cuda'"])}),
-    "nodes without network": (
-        {"backend": "emulated", "ranks_per_node": 1},
-        "",
-        ["ranks_per_node", "2", "1", "NVSHMEM"],
-    ),
     "no SMs": ({"backend": "emulated", "num_sms": 0}, "ValueError", ["num_sms", "[1,", "0"]),
     "too many SMs": ({"backend": "emulated", "num_sms": 1000}, "", ["num_sms", "at most", "1000"]),
     "unknown device": ({"backend": "emulated", "device": 99}, "ValueError", ["device", "99"]),

@@ -101,16 +101,21 @@ def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("topology", ["1x8", "2x4", "8x1"])
+@pytest.mark.parametrize(
+    ("backend", "topology"), [("cpu", "1x8"), ("cpu", "2x4"), ("cpu", "8x1"), ("emulated", "2x2"), ("emulated", "4x1")]
+)
 @pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
-def test_wire_bytes(pools: Callable[[int], Pool], layout: str, topology: str, payload: str) -> None:
+def test_wire_bytes(pools: Callable[[int], Pool], backend: str, topology: str, layout: str, payload: str) -> None:
     """Rows cross as often as they have to, the network once per token and node. The first time routing comes along."""
-    case = Case(topology, layout=layout, hidden=2048, payload=payload, routing="sparse")
-    topk_idx = [data.inputs(case, rank).topk_idx for rank in range(8)]
+    case = case_on(backend, topology=topology, layout=layout, hidden=2048, payload=payload, routing="sparse")
+    topk_idx = [data.inputs(case, rank).topk_idx for rank in range(case.num_ranks)]
     row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
-    sent = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx), strict=True))
-    back = dict(zip(("shm", "network"), reference.wire_rows(case.setting(), topk_idx, combining=True), strict=True))
-    for rank, (first, cached, combined) in enumerate(pools(8).run(count_bytes, case)):
+    links = ("shm" if backend == "cpu" else "nvlink", "network")
+    sent = dict(zip(links, reference.wire_rows(case.setting(), topk_idx), strict=True))
+    back = dict(zip(links, reference.wire_rows(case.setting(), topk_idx, combining=True), strict=True))
+    if backend != "cpu":  # a row crosses once for all experts of a rank
+        sent["nvlink"] = back["nvlink"]
+    for rank, (first, cached, combined) in enumerate(pools(case.num_ranks).run(count_bytes, case)):
         assert cached == {link: rows[rank] * row_bytes for link, rows in sent.items()}
         assert combined == {link: rows[rank] * 2 * 2048 for link, rows in back.items()}
         assert all(first[link] >= cached[link] for link in cached)
@@ -157,8 +162,8 @@ def test_buffers_side_by_side(pools: Callable[[int], Pool], backend: str) -> Non
         case_on(backend, layout="expert", hidden=128, seed=2),
         case_on(backend, layout="padded", seed=3),
     ]
-    if backend == "cpu":
-        cases = [replace(case, topology=nodes) for case, nodes in zip(cases, ("2x4", "4x2", "1x8"), strict=True)]
+    nodes = {"cpu": ("2x4", "4x2", "1x8"), "emulated": ("2x2", "4x1", "1x4")}.get(backend, ("1x4",) * 3)
+    cases = [replace(case, topology=topology) for case, topology in zip(cases, nodes, strict=True)]
     for case, *by_rank in zip([*cases, cases[1]], *pools(cases[0].num_ranks).run(use_buffers, cases), strict=True):
         check_case(case, by_rank)
 

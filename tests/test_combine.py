@@ -10,7 +10,7 @@ import exchange
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of, on_backends, on_nodes, on_topologies, place
+from backends import device_of, on_nodes, on_topologies, on_usual_nodes, place
 from checks import check, check_case
 from exchange import Turn
 from generators import LAYOUTS, Case, case_on
@@ -34,10 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("name", CASES)
-def test_case(pools: Callable[[int], Pool], backend: str, name: str) -> None:
-    cases = [case_on(backend, **{"layout": layout, **CASES[name]}) for layout in LAYOUTS]
+def test_case(pools: Callable[[int], Pool], backend: str, topology: str, name: str) -> None:
+    cases = [case_on(backend, topology=topology, **{"layout": layout, **CASES[name]}) for layout in LAYOUTS]
     check(pools(cases[0].num_ranks), cases)
 
 
@@ -118,12 +118,13 @@ def keep_handles(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]
         return turns[::-1]
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_handles_alive(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+def test_many_handles_alive(pools: Callable[[int], Pool], backend: str, topology: str, layout: str) -> None:
     """Handles own what they know: from forward to backward, over more dispatches than there are slots in between."""
+    usual = case_on(backend, topology=topology, layout=layout, cached=True, output="owned", side=True)
     cases = [
-        case_on(backend, layout=layout, seed=seed, routing=routing, cached=True, output="owned", side=True)
+        replace(usual, seed=seed, routing=routing)
         for seed, routing in enumerate(["uniform", "sparse", "one_rank", "nowhere", "uniform"])
     ]
     for case, *by_rank in zip(cases, *pools(cases[0].num_ranks).run(keep_handles, cases), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import on_backends, on_topologies
+from backends import on_topologies, on_usual_nodes
 from checks import check
 from generators import LAYOUTS, PAYLOADS, ROUTINGS, case_on
 from pool import Pool
@@ -63,10 +63,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("name", CASES)
-def test_case(pools: Callable[[int], Pool], backend: str, name: str) -> None:
-    cases = [case_on(backend, **{"layout": layout, **CASES[name]}) for layout in LAYOUTS]
+def test_case(pools: Callable[[int], Pool], backend: str, topology: str, name: str) -> None:
+    cases = [case_on(backend, topology=topology, **{"layout": layout, **CASES[name]}) for layout in LAYOUTS]
     check(pools(cases[0].num_ranks), cases)
 
 
@@ -80,18 +80,19 @@ def test_topology(pools: Callable[[int], Pool], backend: str, topology: str) -> 
     check(pools(cases[0].num_ranks), cases)
 
 
-@on_backends
-def test_tight_capacity(pools: Callable[[int], Pool], backend: str) -> None:
+@on_usual_nodes
+def test_tight_capacity(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
     """Slots of exactly the rows that arrive, where a wrong base would show."""
-    full = case_on(backend, tokens=(8,) * 8, routing="one_expert", num_topk=1, local_experts=1, cached=True)
+    full = case_on(backend, topology=topology, tokens=(8,) * 8, routing="one_expert", cached=True)
+    full = replace(full, num_topk=1, local_experts=1)
     check(pools(full.num_ranks), [replace(full, layout="padded", expert_capacity=8 * full.num_ranks)])
 
 
-@on_backends
-def test_different_cases_in_one_buffer(pools: Callable[[int], Pool], backend: str) -> None:
+@on_usual_nodes
+def test_different_cases_in_one_buffer(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
     """What one dispatch leaves in the slots, flags and handles must not reach the next."""
     for layout in LAYOUTS:
-        case = case_on(backend, layout=layout)
+        case = case_on(backend, topology=topology, layout=layout)
         turns = [replace(case, payload=payload, seed=seed) for seed, payload in enumerate(PAYLOADS)]
         turns += [replace(case, routing=routing, seed=9) for routing in ROUTINGS if routing != "repeated"]
         turns += [replace(case, tokens=tokens, seed=10) for tokens in [(0,) * 8, (8,) * 8, (0, 8) * 4]]

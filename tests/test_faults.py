@@ -122,7 +122,7 @@ def kill_me() -> None:
 
 
 @pytest.mark.parametrize("moment", ["between operations", "after sending", "any"])
-@pytest.mark.parametrize(("backend", "ranks_per_node"), [("cpu", 2), ("cpu", 4), ("emulated", 4)])
+@pytest.mark.parametrize(("backend", "ranks_per_node"), [("cpu", 2), ("cpu", 4), ("emulated", 2), ("emulated", 4)])
 def test_killed_rank(fresh_pool: Callable[..., Pool], moment: str, backend: str, ranks_per_node: int) -> None:
     """Not on GPUs: what a process has exported goes with it, and the context of who touches it goes as well."""
     before = set(os.listdir("/dev/shm"))

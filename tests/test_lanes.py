@@ -10,7 +10,7 @@ import exchange
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of, on_backends, wait_for
+from backends import device_of, on_usual_nodes, wait_for
 from checks import check_case
 from exchange import Turn
 from generators import LAYOUTS, Case, case_on
@@ -52,11 +52,13 @@ def finish(
     return [exchange.turn_of(received, combined)]
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("network_seed", [None, 3])
-def test_two_lanes_at_once(pools: Callable[[int], Pool], backend: str, layout: str, network_seed: int | None) -> None:
-    first = case_on(backend, layout=layout, num_lanes=2, network_seed=network_seed)
+def test_two_lanes_at_once(
+    pools: Callable[[int], Pool], backend: str, topology: str, layout: str, network_seed: int | None
+) -> None:
+    first = case_on(backend, topology=topology, layout=layout, num_lanes=2, network_seed=network_seed)
     cases = [replace(first, seed=seed) for seed in range(8)]
     for case, *by_rank in zip(cases, *pools(first.num_ranks).run(use_two_lanes, cases), strict=True):
         check_case(case, by_rank)
@@ -93,11 +95,13 @@ def wait_for_all(results: Mapping[int, deep_a2a.DispatchResult | deep_a2a.Combin
             wait_for(result.event)
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("async_op", [False, True])
-def test_halves_of_two_lanes(pools: Callable[[int], Pool], backend: str, layout: str, async_op: bool) -> None:
-    first = case_on(backend, layout=layout, num_lanes=2, network_seed=4)
+def test_halves_of_two_lanes(
+    pools: Callable[[int], Pool], backend: str, topology: str, layout: str, async_op: bool
+) -> None:
+    first = case_on(backend, topology=topology, layout=layout, num_lanes=2, network_seed=4)
     cases = [replace(first, seed=seed) for seed in range(2)]
     for case, *by_rank in zip(cases, *pools(first.num_ranks).run(use_halves, cases, async_op), strict=True):
         check_case(case, by_rank)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from backends import USUAL_NODES, device_of, on_backends, on_device_backends
+from backends import device_of, on_device_backends, on_usual_nodes
 from moe_buffers import BUFFERS, HIDDEN, LOCAL_EXPERTS, NUM_TOPK, TOKENS, make_buffer, num_ranks, poison, sizes
 from pool import Pool
 from torch import Tensor, nn
@@ -172,19 +172,17 @@ def test_layer_bf16_on_devices(pools: Callable[[int], Pool], backend: str, topol
     check_layer(runs, topology, BF16_TOLERANCE)
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("layout", BUFFERS)
-def test_layer_with_bf16_products(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
-    topology = USUAL_NODES[backend]
+def test_layer_with_bf16_products(pools: Callable[[int], Pool], backend: str, topology: str, layout: str) -> None:
     runs = pools(num_ranks(topology)).run(run_layer, backend, topology, layout, {"compute_dtype": torch.bfloat16})
     check_layer(runs, topology, 2 * BF16_TOLERANCE)
 
 
-@on_backends
+@on_usual_nodes
 @pytest.mark.parametrize("gradients", FP8_TOLERANCES)
 @pytest.mark.parametrize("layout", BUFFERS)
-def test_layer_fp8(pools: Callable[[int], Pool], backend: str, layout: str, gradients: str) -> None:
-    topology = USUAL_NODES[backend]
+def test_layer_fp8(pools: Callable[[int], Pool], backend: str, topology: str, layout: str, gradients: str) -> None:
     grad_format = moe.BF16 if gradients == "bf16" else moe.RowFormat(gradients)
     options = {"row_format": "fp8_e4m3", "grad_format": grad_format, "lane": 1}
     runs = pools(num_ranks(topology)).run(run_layer, backend, topology, layout, options)

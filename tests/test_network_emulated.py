@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from network_rank import Rank, put_rounds
+from backends import place
+from network_rank import Rank, native_of, put_rounds
 from pool import Pool, RankError
+from small import SMALL, error_of, send_ones
 
+import deep_a2a
 from deep_a2a.nvshmem_job import leave
 from deep_a2a.nvshmem_memory import allocate
 
@@ -97,6 +101,30 @@ def part_of_a_job(group: Any) -> str:
 def test_part_of_a_job(fresh_pool: Callable[..., Pool]) -> None:
     for message in fresh_pool(4).run(part_of_a_job):
         assert "64 KiB" in message and "cannot reserve more by themselves" in message
+
+
+def buffers_come_and_go(group: Any, faulty: int) -> list[int]:
+    """How large the heap is after each of four Buffers; the one of number `faulty` ends with a fault."""
+    native, sizes = native_of("emulated"), []
+    for number in range(4):
+        settings = {**SMALL, "timeout_s": 1.0 if number == faulty else TIMEOUT_S}
+        settings |= {"hidden": 4096, "num_max_tokens_per_rank": 64}  # more than what is left of a block
+        with deep_a2a.Buffer(group, **place("emulated", 1), **settings) as buffer:
+            send_ones(buffer).release()
+            if number == faulty and buffer.rank > 0:
+                assert error_of(lambda buffer=buffer: send_ones(buffer))[0] != ""  # type: ignore[misc]
+            elif number == faulty:
+                time.sleep(2.0)
+        sizes.append(native.SymmetricHeap.nbytes())
+    return sizes
+
+
+@pytest.mark.parametrize("faulty", [1, 4])
+def test_buffers_use_memory_again(fresh_pool: Callable[..., Pool], faulty: int) -> None:
+    """But not what puts may still come to."""
+    for sizes in fresh_pool(2).run(buffers_come_and_go, faulty):
+        first = sizes[0]
+        assert sizes == [first] * 4 if faulty == 4 else sizes == [first, first, 2 * first, 2 * first]
 
 
 def two_jobs(group: Any) -> str:

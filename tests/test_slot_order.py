@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of, on_device_backends, place, settle
+from backends import device_of, on_device_backends, on_nodes, place, settle
 from pool import Pool
 from small import error_of
 
@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
     "timeout_s": 20.0,
 }
 SEEDS = range(3)
+on_pairs = on_nodes(2, [1], first=1)
 
 
 def tokens(buffer: deep_a2a.Buffer, value: float, count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,11 +33,13 @@ def tokens(buffer: deep_a2a.Buffer, value: float, count: int = 64) -> tuple[torc
     return x, torch.tensor([[0, 2]] * count, device=device)
 
 
-def own_on_two_lanes(group: dist.ProcessGroup, backend: str, host_sync: bool) -> list[tuple[float, float]]:
+def own_on_two_lanes(
+    group: dist.ProcessGroup, backend: str, ranks_per_node: int, host_sync: bool
+) -> list[tuple[float, float]]:
     """Both dispatches take slot 0, one behind the other."""
     got = []
     for seed in SEEDS:
-        with deep_a2a.Buffer(group, network_seed=seed, **place(backend), **SIZES) as buffer:
+        with deep_a2a.Buffer(group, network_seed=seed, **place(backend, ranks_per_node), **SIZES) as buffer:
             for turn in range(3):
                 modes: dict[str, Any] = {"async_op": True, "host_sync": host_sync, "output": "owned"}
                 results = [buffer.dispatch(*tokens(buffer, 10 * turn + lane), lane=lane, **modes) for lane in (0, 1)]
@@ -48,17 +51,21 @@ def own_on_two_lanes(group: dist.ProcessGroup, backend: str, host_sync: bool) ->
     return got
 
 
-@on_device_backends
+@on_pairs
 @pytest.mark.parametrize("host_sync", [True, False])
-def test_slot_goes_from_lane_to_lane(pools: Callable[[int], Pool], backend: str, host_sync: bool) -> None:
-    for pairs in pools(2).run(own_on_two_lanes, backend, host_sync):
+def test_slot_goes_from_lane_to_lane(
+    pools: Callable[[int], Pool], backend: str, ranks_per_node: int, host_sync: bool
+) -> None:
+    for pairs in pools(2).run(own_on_two_lanes, backend, ranks_per_node, host_sync):
         assert all(want == got for want, got in pairs)
 
 
-def release_behind_combine(group: dist.ProcessGroup, backend: str) -> list[bool]:
+def release_behind_combine(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> list[bool]:
     right = []
     for seed in SEEDS:
-        with deep_a2a.Buffer(group, layout="expert", network_seed=seed, **place(backend), **SIZES) as buffer:
+        with deep_a2a.Buffer(
+            group, layout="expert", network_seed=seed, **place(backend, ranks_per_node), **SIZES
+        ) as buffer:
             for _ in range(3):
                 first = buffer.dispatch(*tokens(buffer, 1.0))
                 combined = buffer.combine(first.x, first.handle, async_op=True)
@@ -73,17 +80,19 @@ def release_behind_combine(group: dist.ProcessGroup, backend: str) -> list[bool]
     return right
 
 
-@on_device_backends
-def test_release_waits_for_combine(pools: Callable[[int], Pool], backend: str) -> None:
+@on_pairs
+def test_release_waits_for_combine(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
     """A combine of the lane still reads the leased rows that another lane's dispatch would overwrite."""
-    for right in pools(2).run(release_behind_combine, backend):
+    for right in pools(2).run(release_behind_combine, backend, ranks_per_node):
         assert all(right)
 
 
-def combine_refused(group: dist.ProcessGroup, backend: str, layout: Any) -> tuple[set[str], bool, bool]:
+def combine_refused(
+    group: dist.ProcessGroup, backend: str, ranks_per_node: int, layout: Any
+) -> tuple[set[str], bool, bool]:
     """What was raised on the way, whether the sums were zero, and whether the buffer could be used afterwards."""
     raised = set()
-    with deep_a2a.Buffer(group, layout=layout, max_recv_rows=16, **place(backend), **SIZES) as buffer:
+    with deep_a2a.Buffer(group, layout=layout, max_recv_rows=16, **place(backend, ranks_per_node), **SIZES) as buffer:
         x, idx = tokens(buffer, 3.0)
         result = buffer.dispatch(x, idx, host_sync=False, async_op=True)
         rows = torch.ones_like(result.x)
@@ -99,16 +108,20 @@ def combine_refused(group: dist.ProcessGroup, backend: str, layout: Any) -> tupl
     return raised, zero, right
 
 
-@on_device_backends
+@on_pairs
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_combine_of_a_refused_dispatch(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+def test_combine_of_a_refused_dispatch(
+    pools: Callable[[int], Pool], backend: str, ranks_per_node: int, layout: str
+) -> None:
     """Nothing stops the combine of the same step where the host does not wait: it gives zeros."""
-    for raised, zero, right in pools(2).run(combine_refused, backend, layout):
+    for raised, zero, right in pools(2).run(combine_refused, backend, ranks_per_node, layout):
         assert raised == {"CapacityError", ""} and zero and right
 
 
-def cast_here_give_there(group: dist.ProcessGroup, backend: str) -> tuple[str, str]:
-    with deep_a2a.Buffer(group, layout="expert", **place(backend), **{**SIZES, "hidden": 128}) as buffer:
+def cast_here_give_there(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> tuple[str, str]:
+    with deep_a2a.Buffer(
+        group, layout="expert", **place(backend, ranks_per_node), **{**SIZES, "hidden": 128}
+    ) as buffer:
         x, idx = tokens(buffer, 2.0, count=4)
         if buffer.rank == 0:
             return error_of(lambda: buffer.dispatch(x, idx, quantize="fp8"))
@@ -116,9 +129,9 @@ def cast_here_give_there(group: dist.ProcessGroup, backend: str) -> tuple[str, s
         return error_of(lambda: buffer.dispatch((x.to(torch.float8_e4m3fn), scales), idx))
 
 
-@on_device_backends
-def test_rows_that_are_pulled_are_cast_alike(pools: Callable[[int], Pool], backend: str) -> None:
-    for name, text in pools(2).run(cast_here_give_there, backend):
+@on_pairs
+def test_rows_that_are_pulled_are_cast_alike(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
+    for name, text in pools(2).run(cast_here_give_there, backend, ranks_per_node):
         assert name == "MismatchError" and "different dtypes" in text
 
 

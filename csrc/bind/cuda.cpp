@@ -123,8 +123,9 @@ uint64_t dispatch(cuda::Rank& rank, uintptr_t stream, int lane, int slot, cuda::
                   int64_t x_pitch, int num_tokens, int payload_bytes, uintptr_t scales, int64_t scales_pitch,
                   int scale_bytes, int format_code, uintptr_t topk_idx, int topk_idx_bytes, uintptr_t topk_weights,
                   da::Cast cast, da::ScaleFormat scale_format, bool zero_padding, bool cached, uintptr_t source,
-                  uintptr_t kept_counts, uintptr_t kept_routing, int64_t kept_capacity, uintptr_t result_counts,
-                  uintptr_t result_routing, int64_t result_capacity, uintptr_t column_scales, int64_t column_words) {
+                  uintptr_t relay, uintptr_t kept_counts, uintptr_t kept_routing, int64_t kept_capacity,
+                  uintptr_t result_counts, uintptr_t result_routing, int64_t result_capacity, uintptr_t column_scales,
+                  int64_t column_words) {
   cuda::DispatchTask task;
   task.args.x = pointer(x);
   task.args.x_pitch = x_pitch;
@@ -144,13 +145,14 @@ uint64_t dispatch(cuda::Rank& rank, uintptr_t stream, int lane, int slot, cuda::
   task.cached = cached;
   task.kept = {pointer<int32_t>(kept_counts), pointer<int32_t>(kept_routing), kept_capacity};
   task.result = {pointer<int32_t>(result_counts), pointer<int32_t>(result_routing), result_capacity};
-  return rank.dispatch({stream_of(stream), num_sms}, task, pointer(source),
+  return rank.dispatch({stream_of(stream), num_sms}, task, pointer(source), pointer(relay),
                        {pointer<uint32_t>(column_scales), column_words});
 }
 
 void combine(cuda::Rank& rank, uintptr_t stream, int lane, cuda::Half half, int num_sms, uintptr_t rows,
              int64_t num_rows, uintptr_t side, bool weighted, bool with_side, uintptr_t out, uintptr_t side_out,
-             int num_tokens, uintptr_t source, uintptr_t kept_counts, uintptr_t kept_routing, int64_t kept_capacity) {
+             int num_tokens, uintptr_t source, uintptr_t relay, uintptr_t kept_counts, uintptr_t kept_routing,
+             int64_t kept_capacity) {
   cuda::CombineTask task;
   task.args.rows = pointer(rows);
   task.args.side = pointer<float>(side);
@@ -162,7 +164,7 @@ void combine(cuda::Rank& rank, uintptr_t stream, int lane, cuda::Half half, int 
   task.half = half;
   task.num_tokens = num_tokens;
   task.kept = {pointer<int32_t>(kept_counts), pointer<int32_t>(kept_routing), kept_capacity};
-  rank.combine({stream_of(stream), num_sms}, task, pointer(source), num_rows);
+  rank.combine({stream_of(stream), num_sms}, task, pointer(source), pointer(relay), num_rows);
 }
 
 void bind_rank(py::module_& m) {
@@ -172,12 +174,13 @@ void bind_rank(py::module_& m) {
       .value("both", cuda::Half::kBoth);
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::Rank>(m, "Rank", py::module_local())
-      .def(py::init<const da::Shape&, int, int, std::vector<std::shared_ptr<cuda::Window>>, double,
-                    std::optional<uint64_t>>(),
+      .def(py::init<const da::Shape&, int, int, std::vector<std::shared_ptr<cuda::Window>>, const std::vector<int>&,
+                    double, std::optional<uint64_t>>(),
            py::kw_only(), py::arg("shape"), py::arg("rank"), py::arg("device"), py::arg("windows"),
-           py::arg("timeout_s"), py::arg("delay_seed") = py::none())
+           py::arg("rail_pes") = std::vector<int>{}, py::arg("timeout_s"), py::arg("delay_seed") = py::none())
       .def_property_readonly("num_sms", &cuda::Rank::num_sms)
       .def("source_bytes", &cuda::Rank::source_bytes, py::arg("num_tokens"))
+      .def("relay_bytes", &cuda::Rank::relay_bytes)
       .def("counts_words", [](const cuda::Rank& rank) { return cuda::ReceivedCounts::words(rank.shape()); })
       .def(
           "routing_words",
@@ -188,8 +191,9 @@ void bind_rank(py::module_& m) {
            py::arg("payload_bytes"), py::arg("scales"), py::arg("scales_pitch"), py::arg("scale_bytes"),
            py::arg("format_code"), py::arg("topk_idx"), py::arg("topk_idx_bytes"), py::arg("topk_weights"),
            py::arg("cast"), py::arg("scale_format"), py::arg("zero_padding"), py::arg("cached"), py::arg("source"),
-           py::arg("kept_counts"), py::arg("kept_routing"), py::arg("kept_capacity"), py::arg("result_counts"),
-           py::arg("result_routing"), py::arg("result_capacity"), py::arg("column_scales"), py::arg("column_words"))
+           py::arg("relay"), py::arg("kept_counts"), py::arg("kept_routing"), py::arg("kept_capacity"),
+           py::arg("result_counts"), py::arg("result_routing"), py::arg("result_capacity"), py::arg("column_scales"),
+           py::arg("column_words"))
       .def(
           "copy_out",
           [](cuda::Rank& rank, uintptr_t stream, int slot, int64_t num_rows, int payload_bytes, int scale_bytes,
@@ -202,7 +206,7 @@ void bind_rank(py::module_& m) {
       .def("combine", &combine, no_gil, py::kw_only(), py::arg("stream"), py::arg("lane"), py::arg("half"),
            py::arg("num_sms"), py::arg("rows"), py::arg("num_rows"), py::arg("side"), py::arg("weighted"),
            py::arg("with_side"), py::arg("out"), py::arg("side_out"), py::arg("num_tokens"), py::arg("source"),
-           py::arg("kept_counts"), py::arg("kept_routing"), py::arg("kept_capacity"))
+           py::arg("relay"), py::arg("kept_counts"), py::arg("kept_routing"), py::arg("kept_capacity"))
       .def(
           "release", [](cuda::Rank& rank, uintptr_t stream, int slot) { rank.release(stream_of(stream), slot); },
           no_gil, py::arg("stream"), py::arg("slot"))
@@ -215,7 +219,10 @@ void bind_rank(py::module_& m) {
           no_gil, py::arg("lane"), py::arg("ticket"), py::arg("stream"))
       .def("check", &cuda::Rank::check, no_gil)
       .def("check_faults", &cuda::Rank::check_faults, no_gil)
-      .def_property_readonly("wire_bytes", &cuda::Rank::wire_bytes);
+      .def_property_readonly("wire_bytes", [](const cuda::Rank& rank) {
+        const cuda::WireBytes bytes = rank.wire_bytes();
+        return std::make_pair(bytes.nvlink, bytes.network);
+      });
 }
 
 void bind_meter(py::module_& m) {

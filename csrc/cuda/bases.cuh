@@ -6,18 +6,22 @@
 
 namespace deep_a2a::cuda {
 
-// The counters of D3 in the arena. `expert_bases` stays until the rows have been sent.
+// The counters of D3 in the arena. The first three stay until the rows have been sent and relayed.
 struct BasesArena {
-  int32_t* expert_bases;   // [experts], where this source's rows start in the expert's group, then in its rank's rows
-  int32_t* expert_rows;    // [experts], of all sources
-  int32_t* rank_rows;      // [ranks], rank rows that each rank receives
-  int32_t* group_rows;     // [ranks], rows of `x` that each rank receives
-  int32_t* received_rows;  // [ranks], rank rows that this rank receives from each
-  int32_t* sent_rows;      // [ranks of the node], that it sends to each
-  int32_t* own_offsets;    // [local experts], where their groups start at this rank
+  int32_t* expert_bases;  // [experts], where this source's rows start in the expert's group, then in its rank's rows
+  int32_t* relay_rank_bases;    // [streams, ranks of the node], the same for the rank rows of a rail peer
+  int32_t* relay_expert_bases;  // [streams, experts of the node], and for its expert rows
+  int32_t* expert_rows;         // [experts], of all sources
+  int32_t* rank_rows;           // [ranks], rank rows that each rank receives
+  int32_t* group_rows;          // [ranks], rows of `x` that each rank receives
+  int32_t* received_rows;       // [ranks], rank rows that this rank receives from each
+  int32_t* sent_rows;           // [ranks of the node], that it sends to each
+  int32_t* own_offsets;         // [local experts], where their groups start at this rank
 
   __device__ BasesArena(const Context& c, const DispatchPlan& plan) {
     expert_bases = reinterpret_cast<int32_t*>(c.arena);
+    relay_rank_bases = expert_bases + (c.shape.row_per_expert() ? c.shape.num_experts : 0);
+    relay_expert_bases = relay_rank_bases + num_streams(c) * c.num_locals();
     expert_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
     rank_rows = expert_rows + c.shape.num_experts;
     group_rows = rank_rows + c.num_ranks();
@@ -38,16 +42,29 @@ __device__ inline bool d3_wait_counts(const Context& c) {
   return all_of_block(ok);
 }
 
+// The stream from this source, if it is a rail peer; else -1.
+__device__ inline int stream_from(const Context& c, int source) {
+  if (num_streams(c) == 0) return -1;
+  const Topology& topology = c.shape.topology;
+  const int node = topology.node_of(source);
+  if (node == c.own_node() || topology.local_of(source) != c.local_rank()) return -1;
+  return topology.stream_idx(c.own_node(), node);
+}
+
 // Sums over the sources, experts by the first threads and ranks by the last ones, so that nobody waits for memory
 // twice. True where the headers of two ranks differ, or one has an objection of its own.
 __device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
   const int ranks = c.num_ranks();
   for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
+    const int node_expert = expert - c.sizes.node_first_expert;
+    const bool on_node = c.shape.row_per_expert() && node_expert >= 0 && node_expert < c.sizes.node_num_experts;
     int32_t before = 0, all = 0;
 #pragma unroll 4
     for (int source = 0; source < ranks; ++source) {
       const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).expert_rows + expert);
       before += source < c.team.rank ? rows : 0;
+      const int stream = on_node ? stream_from(c, source) : -1;
+      if (stream >= 0) arena.relay_expert_bases[stream * c.sizes.node_num_experts + node_expert] = all;
       all += rows;
     }
     arena.expert_rows[expert] = all;
@@ -66,6 +83,8 @@ __device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
     for (int source = 0; source < ranks; ++source) {
       const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + rank);
       before += source < c.team.rank ? rows : 0;
+      const int stream = on_node ? stream_from(c, source) : -1;
+      if (stream >= 0) arena.relay_rank_bases[stream * c.num_locals() + local] = all;
       all += rows;
       if (rank == c.team.rank) arena.received_rows[source] = rows;
       if (source == c.team.rank && on_node) arena.sent_rows[local] = rows;
@@ -99,6 +118,10 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
       if (local < experts && c.shape.row_per_expert()) {
         const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
         arena.expert_bases[expert] += offset;
+        const int node_expert = expert - c.sizes.node_first_expert;
+        for (int idx = 0; idx < num_streams(c) && node_expert >= 0 && node_expert < c.sizes.node_num_experts; ++idx) {
+          arena.relay_expert_bases[idx * c.sizes.node_num_experts + node_expert] += offset;
+        }
         if (rank == c.team.rank) arena.own_offsets[local] = offset;
       }
       start += __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
@@ -165,7 +188,7 @@ __device__ inline void report_refusal(const Context& c) {
   if (threadIdx.x == 0) ptx::st_release_sys(&c.team.mailbox->refusal_set, c.epoch);
 }
 
-// All of D3 after the wait. Sets shared.refused. Afterwards only `expert_bases` of the arena may be looked at.
+// All of D3 after the wait. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at.
 __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena) {
   const bool objection = sum_counts(c, arena);
   __syncthreads();
@@ -189,6 +212,11 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
     if (local < c.num_locals()) {
       t.source.rank_bases[local] = c.shared.rank_bases[local];
       t.source.rank_rows[local] = arena.sent_rows[local];
+    }
+    for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
+      const Stream stream = stream_of(c, idx);
+      t.source.stream_counts[idx] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).node_rows + stream.node);
+      t.relay.counts[idx] = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
     }
   }
 }

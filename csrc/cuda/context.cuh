@@ -34,12 +34,17 @@ struct Context {
   __device__ int local_rank() const { return sizes.local_rank; }
   __device__ int num_locals() const { return shape.topology.ranks_per_node; }
   __device__ int num_ranks() const { return shape.topology.num_ranks; }
+  __device__ int own_node() const { return sizes.node; }
+  // Of an expert that is counted from the first one of its node.
+  __device__ int local_of(int expert_on_node) const {
+    return static_cast<int>(static_cast<uint32_t>(expert_on_node) * sizes.expert_reciprocal >> 32);
+  }
   __device__ int neighbour(int local) const { return sizes.first_rank + local; }
   // Of the own node, or -1.
   __device__ int local_of_expert(int expert) const {
     const auto on_node = static_cast<uint32_t>(expert - sizes.node_first_expert);
     if (on_node >= static_cast<uint32_t>(sizes.node_num_experts)) return -1;
-    return static_cast<int>(on_node * sizes.expert_reciprocal >> 32);
+    return local_of(static_cast<int>(on_node));
   }
 
   __device__ bool is_own_expert(int expert) const {
@@ -47,7 +52,9 @@ struct Context {
   }
   // As CountVector::at.
   __device__ CountVector counts_at(int local, int source) const {
-    char* base = region(local, Region::kCounts, lane) + source * sizes.counts_bytes;
+    return vector_at(region(local, Region::kCounts, lane) + source * sizes.counts_bytes);
+  }
+  __device__ CountVector vector_at(char* base) const {
     auto* counts = reinterpret_cast<int32_t*>(base + sizeof(CountHeader));
     return {reinterpret_cast<CountHeader*>(base), counts, counts + sizes.num_nodes,
             counts + sizes.num_nodes + num_ranks()};

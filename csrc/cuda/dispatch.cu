@@ -2,6 +2,7 @@
 #include "cuda/bases.cuh"
 #include "cuda/course.cuh"
 #include "cuda/kernels.cuh"
+#include "cuda/nodes.cuh"
 #include "cuda/pull.cuh"
 #include "cuda/push.cuh"
 
@@ -45,6 +46,23 @@ __device__ uint32_t dispatch_tag(const DispatchTask& t, const Shape& shape) {
   return Tag::dispatch(t.args.slot, t.args.format.code | (cast_by_source ? kCastCode : 0), t.cached);
 }
 
+// D4 to other nodes, and D2 as a relay: neither needs a base. False where the kernel has to be left.
+__device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
+  if constexpr (kHasNetwork) {
+    if (num_streams(c) == 0) return true;
+    bool ok = true;
+    if (!t.cached && threadIdx.x == 0) {
+      ok = t.plan.counting == Counting::kAlone || grid_wait(c, c.control.grid.placed);
+      // The own count vector has been written by another block.
+      ok = ok && wait(c, c.own_word(Region::kCountsFlag, c.team.rank), c.epoch, Step::kD2Exchange, c.team.rank);
+    }
+    if (!all_of_block(ok)) return false;
+    d4_send_nodes(c, t);
+    return t.cached || all_of_block(d2_relay(c));
+  }
+  return true;
+}
+
 // D1 to D3; shared.refused where all ranks refuse the dispatch. False where the kernel has to be left.
 __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   const CountArena arena(c, t.plan);
@@ -56,7 +74,7 @@ __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   if (!all_of_block(ok)) return false;
   d2_exchange(c, t, arena);
   d1_place(c, t, arena);
-  if (!d3_wait_counts(c)) return false;
+  if (!send_to_nodes(c, t) || !d3_wait_counts(c)) return false;
   d3_bases(c, t, BasesArena(c, t.plan));
   ptx::fence_proxy_async();  // the arena has been written by ordinary stores, now it is by bulk loads
   if (!all_of_block(!meets || grid_wait(c, c.control.grid.placed))) return false;
@@ -77,12 +95,12 @@ __device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
     const int32_t* rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received;
     if (threadIdx.x == 0) report_counts(c, t.ticket, rows[0], rows[1]);
   }
-  return true;
+  return send_to_nodes(c, t);
 }
 
 __device__ Course send_half(const Context& c, const DispatchTask& t) {
   if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
-  if (c.shared.refused) return Course::kRefused;
+  if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
   if (!d0_slot_credit(c, t)) return Course::kAborted;
   if (!c.shape.row_per_expert()) {
     Pusher(c, t).run();
@@ -96,8 +114,19 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
   return Course::kGoOn;
 }
 
+// D5, and D6 for the rows that other relays have stored here. False where the kernel has to be left.
+__device__ bool receive_from_nodes(const Context& c, const DispatchTask& t) {
+  if (num_streams(c) == 0) return true;
+  const BasesArena bases(c, t.plan);
+  if (t.half == Half::kReceive && !t.cached) d3_relay_bases(c, bases);
+  return d5_relay(c, t, bases) && wait_node_tagged(c, Region::kRelayedFlag, Step::kD6Relayed);
+}
+
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
+  if constexpr (kHasNetwork) {
+    if (!receive_from_nodes(c, t)) return Course::kAborted;
+  }
   if (c.shape.row_per_expert()) {
     ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
     Puller(c, t).run();
@@ -154,6 +183,10 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
   }
   for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.shape.num_topk; i += blockDim.x) {
     t.source.experts[i] = -1;
+  }
+  for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = t.relay.counts[i] = 0;
+  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * num_streams(c); i += blockDim.x) {
+    t.source.stream_rows[i] = -1;
   }
 }
 

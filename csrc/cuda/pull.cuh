@@ -61,6 +61,11 @@ struct PullItem {
   int32_t from_row = 0;
 };
 
+struct PulledRow {
+  const char* payload;
+  const char* scales;
+};
+
 class Puller {
  public:
   __device__ Puller(const Context& c, const DispatchTask& t)
@@ -84,7 +89,8 @@ class Puller {
   // Items go round the sources, starting behind the own rank, so that all links are busy at once.
   __device__ void run() {
     const int most = __reduce_max_sync(kFullWarp, rows_from_);
-    const int num_items = most * c_.num_locals() * t_.plan.num_chunks;
+    const int rows = num_streams(c_) > 0 ? counts_.num_received[1] : most * c_.num_locals();
+    const int num_items = rows * t_.plan.num_chunks;
     const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
     const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first, num_items);
@@ -101,20 +107,29 @@ class Puller {
   __device__ PullItem fetch(int item, int num_items) const {
     PullItem it;
     const int row = item / t_.plan.num_chunks;
+    if (num_streams(c_) > 0) {
+      if (item < num_items) fetch_row(it, row, kElsewhere);
+      return it;
+    }
     const int source = (c_.local_rank() + 1 + row % c_.num_locals()) % c_.num_locals();
     const int row_of_source = row / c_.num_locals();
     const int32_t rows = __shfl_sync(kFullWarp, rows_from_, source), start = __shfl_sync(kFullWarp, start_of_, source);
     if (item >= num_items || row_of_source >= rows) return it;
-    const int64_t rank_row = start + row_of_source;
+    fetch_row(it, start + row_of_source, source);
+    return it;
+  }
+
+  __device__ void fetch_row(PullItem& it, int64_t rank_row, int source) const {
     it.source = source;
     const RouteRecord record = own_record(c_, t_, rank_row);
     it.from_row = t_.cached ? kept_.from_row[rank_row] : *record.from_row;
-    if (lane_idx() >= c_.shape.num_topk) return it;
+    if (lane_idx() >= c_.shape.num_topk) return;
     const int64_t entry = rank_row * c_.shape.num_topk + lane_idx();
     it.expert = t_.cached ? c_.sizes.first_expert : record.experts[lane_idx()];  // the handle has own experts alone
     it.row = t_.cached ? kept_.expert_rows[entry] : record.expert_rows[lane_idx()];
-    return it;
   }
+
+  static constexpr int kElsewhere = 0;  // PullItem::source where from_row says it
 
   __device__ int chunk_bytes(int chunk) const {
     return min(t_.plan.chunk_bytes, t_.args.format.payload_bytes - chunk * t_.plan.chunk_bytes);
@@ -131,15 +146,30 @@ class Puller {
       ptx::mbarrier_arrive(full);
       return;
     }
-    const char* rows = c_.region(it.source, pulled_region(t_), c_.lane);
-    const char* scales = c_.region(it.source, Region::kInputScales, c_.lane);
+    const PulledRow from = pulled_row(it);
     const bool with_scales = chunk == 0 && span > 0;
     ptx::mbarrier_arrive_expect_tx(full, chunk_bytes(chunk) + (with_scales ? span : 0));
-    const int64_t offset = int64_t{it.from_row} * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
-    ptx::bulk_load(stages_.payload(stage), rows + offset, chunk_bytes(chunk), full);
-    if (!with_scales) return;
-    scales += int64_t{it.from_row} * t_.args.format.scale_pitch();
-    ptx::bulk_load(stages_.scales(stage), scales, span, full);
+    ptx::bulk_load(stages_.payload(stage), from.payload + chunk * t_.plan.chunk_bytes, chunk_bytes(chunk), full);
+    if (with_scales) ptx::bulk_load(stages_.scales(stage), from.scales, span, full);
+  }
+
+  // With several nodes the packed number says more than the source: rows of other nodes lie in a stream of their relay.
+  __device__ PulledRow pulled_row(const PullItem& it) const {
+    int local = it.source;
+    int64_t row = it.from_row;
+    if (num_streams(c_) > 0) {
+      const PulledFrom from = PulledFrom::unpack(c_, it.from_row);
+      local = from.local;
+      row = from.row;
+      if (from.stream >= 0) {
+        const StreamRow layout = StreamRow::dispatch(c_.shape, t_.args.format, t_.cached);
+        const char* in =
+            c_.region(local, Region::kNetIn, c_.lane) + stream_offset(c_, from.stream) + row * layout.bytes;
+        return {in, in + layout.side_offset};
+      }
+    }
+    return {c_.region(local, pulled_region(t_), c_.lane) + row * t_.args.format.payload_bytes,
+            c_.region(local, Region::kInputScales, c_.lane) + row * t_.args.format.scale_pitch()};
   }
 
   __device__ void store(int item, int stage) {

@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -20,12 +21,16 @@ bool is_aligned(const void* address, int64_t pitch) {
 
 }  // namespace
 
-Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows, double timeout_s,
-           std::optional<uint64_t> delay_seed)
+Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows,
+           const std::vector<int>& rail_pes, double timeout_s, std::optional<uint64_t> delay_seed)
     : device_(device), windows_(std::move(windows)), team_{}, stream_(device) {
   validate(shape);
   const Topology& t = shape.topology;
-  check_argument(t.num_nodes() == 1, "the CUDA backend needs all ranks on one node, got ", t.num_nodes(), " nodes");
+  check_argument(t.num_nodes() == 1 || kHasNetwork, "this module is built without the network: it needs all ranks on ",
+                 "one node, got ", t.num_nodes(), " nodes");
+  check_argument(t.num_nodes() <= kMaxNodes, "there may be ", kMaxNodes, " nodes, got ", t.num_nodes());
+  const size_t num_rail_pes = t.num_nodes() == 1 ? 0 : static_cast<size_t>(t.num_nodes());
+  check_argument(rail_pes.size() == num_rail_pes, "expected ", num_rail_pes, " rail_pes, got ", rail_pes.size());
   check_argument(t.ranks_per_node <= kMaxRanksPerNode, "ranks_per_node must be at most ", kMaxRanksPerNode, ", got ",
                  t.ranks_per_node);
   check_argument(int64_t{shape.max_tokens} * shape.num_topk * t.ranks_per_node <= INT32_MAX,
@@ -45,6 +50,7 @@ Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr
     team_.windows[local] = windows_[local]->data();
   }
 
+  std::copy(rail_pes.begin(), rail_pes.end(), team_.rail_pes);
   const OnDevice on(device);
   limits_ = prepare_kernels(device);
   scratch_words_ = BlockCounts::words(shape) * limits_.num_sms;
@@ -69,12 +75,15 @@ Rank::~Rank() {
   cudaGetDevice(&before);
   cudaSetDevice(device_);
   cudaFree(control_memory_);  // waits for what is on any stream, releases of slots among it
-  say_farewell(shape(), team_.rank, device_, windows_);
+  // Symmetric memory is given back to its heap; nobody waits for anybody there.
+  if (shape().topology.num_nodes() == 1) say_farewell(shape(), team_.rank, device_, windows_);
   cudaFreeHost(mailbox_memory_);
   cudaSetDevice(before);
 }
 
 int64_t Rank::source_bytes(int num_tokens) const { return SourceHandle{}.lay_out(shape(), num_tokens, nullptr); }
+
+int64_t Rank::relay_bytes() const { return RelayHandle{}.lay_out(shape(), nullptr); }
 
 char* Rank::own(Region region, int instance) const {
   return team_.windows[shape().topology.local_of(team_.rank)] + team_.layout.offset(region, instance);
@@ -119,12 +128,14 @@ void Rank::place_input(cudaStream_t stream, DispatchTask& task) {
   args.x_pitch = bytes;
 }
 
-uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source, const ColumnScales& columns) {
+uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source, void* relay,
+                        const ColumnScales& columns) {
   check_dispatch(task);
   const OnDevice on(device_);
   const Launch used{launch.stream, check_num_sms(launch.num_sms, limits_)};
   task.plan = plan_dispatch(shape(), task.args, limits_);
   task.source.lay_out(shape(), task.args.num_tokens, static_cast<char*>(source));
+  task.relay.lay_out(shape(), static_cast<char*>(relay));
   task.block_counts = scratch_ + task.lane * scratch_words_;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(launch.stream, &capture), "cudaStreamIsCapturing");
@@ -152,7 +163,7 @@ void Rank::copy_out(cudaStream_t stream, int slot, int64_t num_rows, const RowFo
              "the copy of received scales");
 }
 
-void Rank::combine(const Launch& launch, CombineTask task, void* source, int64_t num_rows) {
+void Rank::combine(const Launch& launch, CombineTask task, void* source, void* relay, int64_t num_rows) {
   const OnDevice on(device_);
   const Launch used{launch.stream, check_num_sms(launch.num_sms, limits_)};
   char* window_rows = own(Region::kCombineRows, task.lane);
@@ -160,6 +171,7 @@ void Rank::combine(const Launch& launch, CombineTask task, void* source, int64_t
                  task.lane);
   task.plan = plan_combine(shape(), used.num_sms, limits_);
   task.source.lay_out(shape(), task.num_tokens, static_cast<char*>(source));
+  task.relay.lay_out(shape(), static_cast<char*>(relay));
   const bool lent = task.args.rows == window_rows;
   if (task.half != Half::kReceive && !shape().row_per_expert() && !lent && num_rows > 0) {
     check_cuda(cudaMemcpyAsync(window_rows, task.args.rows, static_cast<size_t>(num_rows * shape().max_payload_bytes()),
@@ -196,13 +208,16 @@ void Rank::check_faults() {
   if (read_pinned(team_.mailbox->fault_set) != 0) std::rethrow_exception(fault());
 }
 
-int64_t Rank::wire_bytes() const {
+WireBytes Rank::wire_bytes() const {
   const OnDevice on(device_);
-  unsigned long long bytes = 0;
-  check_cuda(cudaMemcpyAsync(&bytes, &team_.control->wire_bytes, sizeof(bytes), cudaMemcpyDeviceToHost, stream_.get()),
-             "reading the count of bytes");
+  unsigned long long bytes[2] = {0, 0};
+  const unsigned long long* counters[2] = {&team_.control->wire_bytes, &team_.control->network_bytes};
+  for (int i = 0; i < 2; ++i) {
+    check_cuda(cudaMemcpyAsync(&bytes[i], counters[i], sizeof(bytes[i]), cudaMemcpyDeviceToHost, stream_.get()),
+               "reading the count of bytes");
+  }
   stream_.synchronize();
-  return static_cast<int64_t>(bytes);
+  return {static_cast<int64_t>(bytes[0]), static_cast<int64_t>(bytes[1])};
 }
 
 void Rank::check() {
@@ -223,8 +238,9 @@ void Rank::check() {
 std::exception_ptr Rank::fault() const {
   const OnDevice on(device_);
   const FaultRecord& record = team_.mailbox->fault;
-  std::vector<uint64_t> begun(windows_.size(), 0);
-  for (size_t local = 0; local < windows_.size(); ++local) {
+  // Windows of other nodes cannot be read, and what is known of some ranks alone would mislead.
+  std::vector<uint64_t> begun(shape().topology.num_nodes() == 1 ? windows_.size() : 0, 0);
+  for (size_t local = 0; local < begun.size(); ++local) {
     const char* word = team_.windows[local] + team_.layout.offset(Region::kProgress, record.lane);
     if (cudaMemcpyAsync(&begun[local], word, 8, cudaMemcpyDeviceToHost, stream_.get()) != cudaSuccess ||
         cudaStreamSynchronize(stream_.get()) != cudaSuccess) {

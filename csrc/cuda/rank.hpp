@@ -18,12 +18,18 @@ struct ReceivedSizes {
   int64_t num_rank_rows;
 };
 
+struct WireBytes {
+  int64_t nvlink;
+  int64_t network;
+};
+
 class Rank {
  public:
   // `windows` of the ranks of the node, by local rank, the own one included.
+  // `rail_pes` with several nodes, where windows lie in symmetric memory: by node, the rail peer's number in the job.
   // `delay_seed` is for tests: every release comes late, as drawn from it.
-  Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows, double timeout_s,
-       std::optional<uint64_t> delay_seed);
+  Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows,
+       const std::vector<int>& rail_pes, double timeout_s, std::optional<uint64_t> delay_seed);
   ~Rank();
   Rank(const Rank&) = delete;
   Rank& operator=(const Rank&) = delete;
@@ -31,15 +37,17 @@ class Rank {
   const Shape& shape() const { return team_.shape; }
   int num_sms() const { return limits_.num_sms; }
   int64_t source_bytes(int num_tokens) const;
+  int64_t relay_bytes() const;
 
-  // Launches a half, or both, on `launch.num_sms` SMs (0 for the default). `source` is the block that the handle keeps.
+  // Launches a half, or both, on `launch.num_sms` SMs (0 for the default). `source` and `relay` are blocks that the
+  // handle keeps, the latter with several nodes.
   // The receive half also lays the scales out by column, if `columns` has memory for them.
   // Returns a ticket for wait_counts().
-  uint64_t dispatch(const Launch& launch, DispatchTask task, void* source, const ColumnScales& columns);
+  uint64_t dispatch(const Launch& launch, DispatchTask task, void* source, void* relay, const ColumnScales& columns);
   // The rows of a slot to the caller's memory, by copy engine.
   void copy_out(cudaStream_t stream, int slot, int64_t num_rows, const RowFormat& format, void* rows, void* scales);
   // `num_rows` of `args.rows`, which are copied into the window unless they lie there (layout kRank).
-  void combine(const Launch& launch, CombineTask task, void* source, int64_t num_rows);
+  void combine(const Launch& launch, CombineTask task, void* source, void* relay, int64_t num_rows);
   void release(cudaStream_t stream, int slot);
 
   // Blocks until the sizes of that dispatch are known. Throws what it was refused with, or what ended the buffer.
@@ -47,7 +55,7 @@ class Rank {
   // Throws what a kernel has reported: a refusal once, a fault for ever.
   void check();
   void check_faults();
-  int64_t wire_bytes() const;
+  WireBytes wire_bytes() const;
 
  private:
   char* own(Region region, int instance) const;

@@ -120,6 +120,33 @@ __device__ void add_many_chunks(const SumRing& ring, RingPosition at, int count,
   }
 }
 
+// Terms of the own node in a sum over nodes. They are added among themselves before they count as one.
+struct OwnTerms {
+  int begin = 0;
+  int end = 0;
+
+  // Whether that differs from adding all terms one after another.
+  __device__ bool apart() const { return begin > 0 && end - begin > 1; }
+};
+
+// As add_many_chunks() for a sum over nodes, some of which come before the own one.
+__device__ inline void add_node_chunks(const SumRing& ring, RingPosition at, int count, OwnTerms own_terms, char* out,
+                                       int bytes) {
+  for (int offset = lane_idx() * 16; offset < bytes; offset += kWarpThreads * 16) {
+    float sum[8] = {}, own[8] = {};
+    const auto add = [&](float* to, int term, bool first) {
+      const char* from = ring.stage(ring.at(at, term).stage) + offset;
+      add_term<Weighting::kNone>(to, *reinterpret_cast<const uint4*>(from), 1.0f, first);
+    };
+    for (int term = 0; term < own_terms.begin; ++term) add(sum, term, term == 0);
+    for (int term = own_terms.begin; term < own_terms.end; ++term) add(own, term, term == own_terms.begin);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], own[i]);
+    for (int term = own_terms.end; term < count; ++term) add(sum, term, false);
+    *reinterpret_cast<uint4*>(out + offset) = rounded(sum);
+  }
+}
+
 // The values of the lanes in `present`, moved to the first lanes.
 __device__ inline float compact(float value, uint32_t present) {
   float mine = 0.0f;

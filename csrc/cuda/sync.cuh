@@ -1,7 +1,7 @@
 // Waiting with a deadline, signalling, and what happens when a wait fails. See "Faults" in docs/protocol.md.
 #pragma once
 
-#include "cuda/context.cuh"
+#include "cuda/streams.cuh"
 #include "protocol/steps.hpp"
 
 namespace deep_a2a::cuda {
@@ -33,16 +33,42 @@ __device__ inline bool claims_report(const Context& c) {
   return ptx::atom_exch_acq_rel_gpu(&c.team.control->fault_reported, 1) == 0;
 }
 
-__device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
-  if (!claims_report(c)) return;
-  const auto* records = reinterpret_cast<const FaultRecord*>(c.own(Region::kFaults, 0));
-  const auto* from = reinterpret_cast<const uint64_t*>(records + (aborted_by - 1));
-  auto* to = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
-  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) to[i] = ptx::ld_relaxed_sys(from + i);
-  ptx::st_release_sys(&c.team.mailbox->fault_set, aborted_by);
+__device__ inline FaultRecord* fault_record(const Context& c, int local, uint64_t aborted_by) {
+  return reinterpret_cast<FaultRecord*>(c.region(local, Region::kFaults, 0)) + (aborted_by - 1);
 }
 
-// The first thread of this rank to give up tells every rank of the node; others find that it has.
+// The record of the own window to the rail peers, who tell their nodes: one thread for each node of theirs is enough.
+__device__ inline void tell_rail_peers(const Context& c, uint64_t aborted_by) {
+  if constexpr (kHasNetwork) {
+    FaultRecord* record = fault_record(c, c.local_rank(), aborted_by);
+    for (int idx = 0; idx < num_streams(c); ++idx) {
+      put_signal_thread(record, record, sizeof(*record), c.word(c.local_rank(), Region::kAbort, 0, 0), aborted_by,
+                        stream_of(c, idx).pe);
+    }
+  }
+}
+
+__device__ inline void tell_node(const Context& c, const FaultRecord& record, uint64_t aborted_by) {
+  for (int local = 0; local < c.num_locals(); ++local) {
+    *fault_record(c, local, aborted_by) = record;
+    ptx::st_release_sys(c.word(local, Region::kAbort, 0, 0), aborted_by);
+  }
+}
+
+__device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
+  if (!claims_report(c)) return;
+  FaultRecord record;
+  const auto* from = reinterpret_cast<const uint64_t*>(fault_record(c, c.local_rank(), aborted_by));
+  auto* to = reinterpret_cast<uint64_t*>(&record);
+  auto* mailbox = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
+  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = to[i] = ptx::ld_relaxed_sys(from + i);
+  ptx::st_release_sys(&c.team.mailbox->fault_set, aborted_by);
+  if (num_streams(c) == 0) return;
+  tell_node(c, record, aborted_by);
+  tell_rail_peers(c, aborted_by);
+}
+
+// The first thread of this rank to give up tells every rank of the node, and its rail peers; others find that it has.
 __device__ inline void give_up(const Context& c, const FaultRecord& record) {
   if (!claims_report(c)) return;
   const auto* from = reinterpret_cast<const uint64_t*>(&record);
@@ -50,11 +76,8 @@ __device__ inline void give_up(const Context& c, const FaultRecord& record) {
   for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = from[i];
   const uint64_t self = static_cast<uint64_t>(c.team.rank) + 1;
   ptx::st_release_sys(&c.team.mailbox->fault_set, self);
-  for (int local = 0; local < c.num_locals(); ++local) {
-    auto* to = reinterpret_cast<FaultRecord*>(c.region(local, Region::kFaults, 0)) + c.team.rank;
-    *to = record;
-    ptx::st_release_sys(c.word(local, Region::kAbort, 0, 0), self);
-  }
+  tell_node(c, record, self);
+  tell_rail_peers(c, self);
 }
 
 // Polls ready() until it is true. False: this rank or another gave up, and the kernel has to be left.
@@ -129,22 +152,38 @@ __device__ inline bool not_aborted(const Context& c) {
   return by == 0;
 }
 
-// D0, C0: the previous operation of this lane is over at every rank of the node. One thread for each rank.
+// The index of a thread among those that have a rail peer each, behind those that have a rank of the node; else -1.
+__device__ inline int stream_of_thread(const Context& c) {
+  const int idx = static_cast<int>(threadIdx.x) - c.num_locals() - 1;
+  return idx < num_streams(c) ? max(idx, -1) : -1;
+}
+
+// Two words for each giver, used in turn.
+__device__ inline int64_t lane_credit_idx(const Context& c, uint64_t epoch, int giver) {
+  return static_cast<int64_t>(epoch & 1) * c.num_ranks() + giver;
+}
+
+// D0, C0: the previous operation of this lane is over at every rank of the node and every rail peer. One thread for
+// each.
 __device__ inline bool wait_lane_credit(const Context& c, Step step) {
-  const int local = static_cast<int>(threadIdx.x);
-  if (local >= c.num_locals()) return not_aborted(c);
-  const int peer = c.neighbour(local);
+  const int local = static_cast<int>(threadIdx.x), stream = stream_of_thread(c);
+  if (local >= c.num_locals() && stream < 0) return not_aborted(c);
+  const int peer = stream >= 0 ? stream_of(c, stream).peer : c.neighbour(local);
   const uint64_t previous = c.epoch - 1;
-  const int64_t idx = static_cast<int64_t>(previous & 1) * c.num_ranks() + peer;
-  return wait(c, c.own_word(Region::kLaneCredit, idx), previous, step, peer);
+  return wait(c, c.own_word(Region::kLaneCredit, lane_credit_idx(c, previous, peer)), previous, step, peer);
 }
 
 // This rank has finished the operation; by one block, once all have left what the operation uses.
 __device__ inline void give_lane_credit(const Context& c) {
-  const int local = static_cast<int>(threadIdx.x);
-  if (local >= c.num_locals()) return;
-  const int64_t idx = static_cast<int64_t>(c.epoch & 1) * c.num_ranks() + c.team.rank;
-  signal(c.team, c.word(local, Region::kLaneCredit, c.lane, idx), c.epoch);
+  const int local = static_cast<int>(threadIdx.x), stream = stream_of_thread(c);
+  const int64_t idx = lane_credit_idx(c, c.epoch, c.team.rank);
+  if (local < c.num_locals()) signal(c.team, c.word(local, Region::kLaneCredit, c.lane, idx), c.epoch);
+  if constexpr (kHasNetwork) {
+    if (stream < 0) return;
+    uint64_t* word = c.own_word(Region::kLaneCredit, idx);
+    delay_release(c.team, word, c.epoch);
+    remote_signal(word, c.epoch, stream_of(c, stream).pe);
+  }
 }
 
 // The slot's last reader is done: one more release, told to the ranks of the node, which write into it. One block.
@@ -180,6 +219,20 @@ __device__ inline bool return_rows(const Context& c, Step step) {
   const int local = static_cast<int>(threadIdx.x);
   return all_of_block(local >= c.num_locals() ||
                       wait(c, c.own_word(Region::kReadFlag, local), c.epoch, step, c.neighbour(local)));
+}
+
+// One thread has acquired a word that a put has set: brings in the bytes that came before it.
+__device__ inline void acquire_put(uint64_t* word, uint64_t value) {
+  if constexpr (kHasNetwork) flush_arrivals(word, value);
+}
+
+// One thread: a chunk has arrived. False where the kernel has to be left. Whoever issues bulk loads of it has to fence
+// the proxies first.
+__device__ inline bool wait_chunk(const Context& c, const Stream& stream, int chunk, Step step) {
+  uint64_t* word = c.own_word(Region::kChunkFlag, int64_t{stream.idx} * max_chunks(c.shape) + chunk);
+  if (!wait_tagged(c, word, step, stream.peer)) return false;
+  acquire_put(word, Tag::word(c.epoch, 0));
+  return true;
 }
 
 }  // namespace deep_a2a::cuda

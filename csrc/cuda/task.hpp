@@ -22,6 +22,7 @@ struct DispatchTask {
   bool cached = false;
   uint64_t ticket = 0;  // what the host waits for in CountReport
   SourceHandle source;
+  RelayHandle relay;
   ReceivedArrays kept;
   ReceivedArrays result;
   int32_t* block_counts = nullptr;  // scratch: [blocks, BlockCounts::words]
@@ -34,6 +35,7 @@ struct CombineTask {
   Half half = Half::kBoth;
   int num_tokens = 0;
   SourceHandle source;
+  RelayHandle relay;
   ReceivedArrays kept;
   CombinePlan plan;
 };

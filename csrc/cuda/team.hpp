@@ -8,7 +8,14 @@
 
 namespace deep_a2a::cuda {
 
+#if defined(DEEP_A2A_NETWORK)
+constexpr bool kHasNetwork = true;
+#else
+constexpr bool kHasNetwork = false;  // network.cuh is then declared only
+#endif
+
 constexpr int kMaxRanksPerNode = 32;  // a warp has a lane for each
+constexpr int kMaxNodes = 256;
 constexpr int kWarpThreads = 32;
 
 // Counts of blocks of a launch that have come to a point; the last block of a launch sets them back to zero.
@@ -17,6 +24,7 @@ struct GridCounters {
   uint32_t placed;
   uint32_t readied;
   uint32_t sent;
+  uint32_t relayed;
   uint32_t left;
   uint32_t parts[kMaxReadyParts];
 };
@@ -36,9 +44,10 @@ struct SlotControl {
 struct Control {
   LaneControl lanes[kMaxLanes];
   SlotControl slots[kMaxSlots];
-  unsigned long long wire_bytes;  // moved between GPUs so far
-  uint32_t fault_reported;        // a thread of this rank has taken it upon itself
-  uint32_t refusal_reported;      // likewise; the host takes it back when it has read why
+  unsigned long long wire_bytes;     // moved between GPUs of the node so far
+  unsigned long long network_bytes;  // put to other nodes so far
+  uint32_t fault_reported;           // a thread of this rank has taken it upon itself
+  uint32_t refusal_reported;         // likewise; the host takes it back when it has read why
 };
 
 // Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.
@@ -58,6 +67,7 @@ struct Mailbox {
 // What follows from shape and rank by division: worked out once on the host, since a GPU has no divider.
 struct Sizes {
   int32_t num_nodes;
+  int32_t node;
   int32_t local_rank;
   int32_t first_rank;  // of the node
   int32_t num_local_experts;
@@ -74,6 +84,7 @@ struct Sizes {
     const Topology& t = s.topology;
     const int node = t.node_of(rank), experts = s.num_local_experts();
     return {t.num_nodes(),
+            node,
             t.local_of(rank),
             t.rank_of(node, 0),
             experts,
@@ -98,6 +109,7 @@ struct Team {
   Mailbox* mailbox;
   char* refused_counts;             // behind the mailbox: the count vectors of all ranks
   char* windows[kMaxRanksPerNode];  // of the ranks of this node, the own one included
+  int32_t rail_pes[kMaxNodes];      // by node: the rail peer's number in the NVSHMEM job; with one node unused
 };
 
 // Which halves of an operation a launch runs.
@@ -110,6 +122,11 @@ struct SourceHandle {
   int32_t* rank_places;    // [num_tokens, ranks_per_node], -1 where none of the rank's experts is wanted
   int32_t* rank_bases;     // [ranks_per_node]: base + place is the rank row
   int32_t* rank_rows;      // [ranks_per_node]: how many go there
+  // With several nodes. Streams are those of Topology, to one other node each.
+  int32_t* stream_rows;    // [num_tokens, streams]: the token's row in the stream, -1 for none
+  int32_t* stream_tokens;  // [streams, num_tokens]: the token of each row
+  int32_t* stream_counts;  // [streams]: how many rows
+  int32_t* slot_places;    // [num_tokens, num_topk]: the place at the slot's rank, of slots on other nodes
 
   // Lays the arrays out from `base` on; returns how many bytes they take.
   int64_t lay_out(const Shape& s, int num_tokens, char* base) {
@@ -125,22 +142,43 @@ struct SourceHandle {
     rank_places = take(int64_t{num_tokens} * s.topology.ranks_per_node);
     experts = take(entries);
     expert_places = take(s.row_per_expert() ? entries : 0);
+    const int streams = s.topology.num_peer_nodes();
+    stream_rows = take(int64_t{num_tokens} * streams);
+    stream_tokens = take(int64_t{num_tokens} * streams);
+    stream_counts = take(streams);
+    slot_places = take(streams > 0 ? entries : 0);
     return offset;
   }
 };
 
-// What one block has counted: rows per rank of the node, per expert, and the first bad entry.
+// What a rank keeps of a dispatch as a relay, in one allocation of the caller's: the rows that came from its rail
+// peers, by stream, with their final rows on this node.
+struct RelayHandle {
+  int32_t* counts;     // [streams]
+  RouteEntry* routes;  // [streams, max_tokens, num_topk]
+
+  // As SourceHandle::lay_out. Nothing with one node.
+  int64_t lay_out(const Shape& s, char* base) {
+    const int64_t streams = s.topology.num_peer_nodes();
+    counts = reinterpret_cast<int32_t*>(base);
+    const int64_t offset = align_up<int64_t>(streams * 4, kRegionAlignment);
+    routes = reinterpret_cast<RouteEntry*>(base + offset);
+    return offset + streams * s.max_tokens * s.num_topk * static_cast<int64_t>(sizeof(RouteEntry));
+  }
+};
+
+// What one block has counted: rows per rank, per expert and per stream, and the first bad entry.
 struct BlockCounts {
-  int32_t* rank_rows;
-  int32_t* expert_rows;
+  int32_t* columns;  // ranks, experts, streams
   int32_t* bad_entry;
 
-  DEEP_A2A_HOST_DEVICE static int64_t words(const Shape& s) {
-    return int64_t{s.topology.ranks_per_node} + s.num_experts + 1;
+  DEEP_A2A_HOST_DEVICE static int64_t num_columns(const Shape& s) {
+    return int64_t{s.topology.num_ranks} + s.num_experts + s.topology.num_peer_nodes();
   }
+  DEEP_A2A_HOST_DEVICE static int64_t words(const Shape& s) { return num_columns(s) + 1; }
   DEEP_A2A_HOST_DEVICE static BlockCounts at(const Shape& s, int32_t* scratch, int block) {
     int32_t* base = scratch + block * words(s);
-    return {base, base + s.topology.ranks_per_node, base + s.topology.ranks_per_node + s.num_experts};
+    return {base, base + num_columns(s)};
   }
 };
 

@@ -45,10 +45,13 @@ int64_t chunk_of(const Shape& shape, const DispatchArgs& args, bool casts, int64
 DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const DeviceLimits& limits) {
   DispatchPlan plan;
   const int64_t arena = limits.shared_bytes - kArenaBegin;
-  plan.ring_offset = aligned(s.row_per_expert() ? int64_t{s.num_experts} * 4 : 0);
+  const int64_t streams = s.topology.num_peer_nodes();
+  plan.ring_offset = aligned(
+      ((s.row_per_expert() ? s.num_experts : 0) + streams * (s.topology.ranks_per_node + s.experts_per_node())) *
+      int64_t{4});
   const int64_t left = arena - plan.ring_offset;
 
-  const int64_t counters = (int64_t{s.num_experts} + s.topology.ranks_per_node) * 4;  // of a warp
+  const int64_t counters = (int64_t{s.num_experts} + s.topology.num_ranks + streams) * 4;  // of a warp
   const int64_t bases =
       (int64_t{s.num_experts} + s.num_local_experts() + 3 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
   check_argument(std::max(2 * counters, bases) <= left, "num_experts = ", s.num_experts,
@@ -87,7 +90,9 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
 CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits) {
   CombinePlan plan;
   const int64_t arena = limits.shared_bytes - kArenaBegin;
-  const int terms = std::max(s.topology.ranks_per_node, s.row_per_expert() ? s.num_topk : 1);
+  // A token has no more terms than experts: a row for each rank of the node, and one for each other node.
+  const int of_token = std::min(s.topology.ranks_per_node + s.topology.num_peer_nodes(), s.num_topk);
+  const int terms = std::max({s.topology.ranks_per_node, of_token, s.row_per_expert() ? s.num_topk : 1});
   plan.num_stages = std::max(terms, kFewestSumStages);
   plan.num_rings = std::min(kMostSumRings, kMaxBarriers / 2 / plan.num_stages);
   const int64_t stage = std::min<int64_t>(kSumChunkBytes, arena / (int64_t{plan.num_rings} * plan.num_stages));

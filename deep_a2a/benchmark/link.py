@@ -57,7 +57,7 @@ class Link:
 def make_meter(group: dist.ProcessGroup, place: Place, bytes_per_peer: int, timeout_s: float) -> Meter:
     """A meter on each rank, with room to copy `bytes_per_peer` to and from every other. Collective."""
     native, rank, num_ranks = place.native(), dist.get_rank(group), dist.get_world_size(group)
-    nbytes = _FLAG_BYTES + 2 * num_ranks * whole_pieces(bytes_per_peer)
+    nbytes = meter_bytes(num_ranks, bytes_per_peer)
     windows: list[Any] = []
     agree(group, attempt(lambda: windows.append(native.Window.create(nbytes, place.device_idx))))
     own = windows[0]
@@ -97,6 +97,11 @@ def measure_link(gate: StreamGate, place: Place, bytes_per_peer: int, num_sms: S
 
 def _on(copy: Callable[..., None], stream: int) -> None:
     copy(stream=stream)
+
+
+def meter_bytes(num_ranks: int, bytes_per_peer: int) -> int:
+    """What a window of a meter needs."""
+    return _FLAG_BYTES + 2 * num_ranks * whole_pieces(bytes_per_peer)
 
 
 def whole_pieces(nbytes: int) -> int:

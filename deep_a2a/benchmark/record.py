@@ -25,9 +25,10 @@ ScaleFormat = Literal["float32", "ue8m0"]
 LINK_CLASSES = ("nvlink", "network", "shm")
 _OVERLAP_TIMES = ("gemm_alone_us", "gemm_beside_us", "comm_alone_us", "both_us")
 _OVERLAP_FIELDS = (*_OVERLAP_TIMES, "gemm")
+_DEVICE_FIELDS = ("devices", "slowest_us", "run")
 _CHOICES = {"op": Op, "backend": Backend, "dtype": Dtype, "layout": Layout, "output": Output, "input": Input}
 _COUNT_FIELDS = ("num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts")
-_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", *_OVERLAP_TIMES)
+_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", "slowest_us", *_OVERLAP_TIMES)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Record:
     Records with `op="overlap"` have communication (a dispatch and a combine) beside matrix products, as `gemm` says:
     the products alone and beside communication, communication alone, and both together, which is `total_us` as well.
     Their `link_time_ratio` is that of communication alone.
+
+    Records with `devices`, the GPU of each rank, have all ranks in one process (bench/kernels.py): `total_us`,
+    `wire_bytes`, `logical_bytes` and `ceiling_gbs` are those of rank 0, `slowest_us` is the time of the slowest rank.
+    `run` numbers the runs of a file that was put together from several.
     """
 
     op: Op
@@ -115,6 +120,9 @@ class Record:
     comm_alone_us: float | None = None
     both_us: float | None = None
     gemm: str | None = None
+    devices: tuple[int, ...] | None = None
+    slowest_us: float | None = None
+    run: int | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -144,6 +152,21 @@ class Record:
         expected = list(_OVERLAP_FIELDS) if self.op == "overlap" else []
         if given != expected:
             raise ValueError(f"op {self.op!r} has the overlap fields {given}; expected {expected}")
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        if (self.devices is None) != (self.slowest_us is None):
+            raise ValueError(
+                f"devices is {self.devices!r}, slowest_us is {self.slowest_us!r}; expected both or neither"
+            )
+        if self.devices is not None and len(self.devices) != self.num_ranks:
+            raise ValueError(f"devices is {self.devices!r}; expected one for each of num_ranks={self.num_ranks}")
+        for device in self.devices or ():
+            _require_count("a device of devices", device, least=0)
+        if self.slowest_us is not None and self.slowest_us < self.total_us:
+            raise ValueError(f"slowest_us is {self.slowest_us!r}; expected at least total_us={self.total_us!r}")
+        if self.run is not None:
+            _require_count("run", self.run, least=1)
 
     @property
     def speedup(self) -> float | None:
@@ -185,12 +208,12 @@ class Record:
         return self.gemm_beside_us / self.gemm_alone_us - 1
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values; overlap fields appear in overlap records only."""
+        """A dictionary of plain values; overlap fields and those of `devices` appear only in records that have them."""
         values = dataclasses.asdict(self)
         if self.op != "overlap":
             for name in _OVERLAP_FIELDS:
                 del values[name]
-        return values
+        return {name: value for name, value in values.items() if value is not None or name not in _DEVICE_FIELDS}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
@@ -200,7 +223,10 @@ class Record:
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))
         if unknown or missing:
             raise ValueError(f"record has unknown fields {unknown} and lacks {missing}")
-        return cls(**{**values, "wire_bytes": WireBytes(**values["wire_bytes"])})
+        plain = {**values, "wire_bytes": WireBytes(**values["wire_bytes"])}
+        if plain.get("devices") is not None:
+            plain["devices"] = tuple(plain["devices"])
+        return cls(**plain)
 
 
 @dataclass(frozen=True)

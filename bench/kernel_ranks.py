@@ -1,0 +1,205 @@
+"""Several ranks in one process, each on a GPU of its choice: streams, gate and clocks.
+
+Kernels of one process run side by side on a GPU, those of several processes take turns. So ranks that share a GPU
+divide its SMs here, and a rank that has one to itself sees what it would see if all had.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from deep_a2a.benchmark.link import Direction, Link, LinkSpeed, meter_bytes, whole_pieces
+from deep_a2a.benchmark.place import Place
+from deep_a2a.benchmark.record import Backend
+from deep_a2a.benchmark.stream_gate import Enqueue, GpuStopwatch, Stopwatch
+
+if TYPE_CHECKING:
+    from deep_a2a._cuda import Meter, Stream, Window
+
+OfRank = Callable[[int], object]
+
+_NUM_WARMUP = 2
+_TIMEOUT_S = {"cuda": 20.0, "emulated": 120.0}
+_LINK_BYTES_PER_PEER = {"cuda": 16 << 20, "emulated": 14336}
+_LINK_SMS = {"cuda": (8, 16, 32), "emulated": (1, 2)}
+_PEER_ACCESS_ALREADY_ENABLED = 704
+
+
+@dataclass(frozen=True)
+class Times:
+    """Medians in microseconds: of rank 0, and of the slowest rank of each iteration."""
+
+    first: float
+    slowest: float
+
+
+def prepare_environment() -> None:
+    """What kernels that wait for each other need of CUDA in one process; to be called before anything asks for a GPU.
+
+    A module that is loaded late may wait for all kernels, and streams that share a queue wait for each other.
+    """
+    os.environ["CUDA_MODULE_LOADING"] = "EAGER"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+
+
+def enable_peer_access(devices: Sequence[int]) -> None:
+    """Lets kernels on each of `devices` reach the memory of the others. RuntimeError where the driver refuses."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    contexts = {}
+    for device in devices:
+        torch.cuda.synchronize(device)  # initialises CUDA
+        ordinal, contexts[device] = ctypes.c_int(), ctypes.c_void_p()
+        _check(driver.cuDeviceGet(ctypes.byref(ordinal), device), f"cuDeviceGet of device {device}")
+        retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(contexts[device]), ordinal)
+        _check(retained, f"cuDevicePrimaryCtxRetain of device {device}")
+    for device, peer in itertools.permutations(devices, 2):
+        _check(driver.cuCtxSetCurrent(contexts[device]), f"cuCtxSetCurrent of device {device}")
+        code = driver.cuCtxEnablePeerAccess(contexts[peer], 0)
+        if code != _PEER_ACCESS_ALREADY_ENABLED:
+            _check(code, f"cuCtxEnablePeerAccess of device {device} to device {peer}")
+
+
+def _check(code: int, call: str) -> None:
+    if code != 0:
+        raise RuntimeError(f"{call} failed with error {code} of the CUDA driver")
+
+
+class EmulatorWatch:
+    """The host's clock on a stream of the emulator. See ``stream_gate.Stopwatch``."""
+
+    enqueue: tuple[Enqueue, ...] = ("held",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._start_ns = stream, 0
+
+    @property
+    def stream(self) -> int:
+        return self._stream.handle
+
+    def hold(self, meter: Meter) -> None:
+        meter.hold(self.stream)
+
+    def start(self) -> None:
+        self._start_ns = time.perf_counter_ns()
+
+    def stop(self) -> None:
+        """The operation ends when the stream has nothing left to do."""
+
+    def microseconds(self) -> float:
+        self._stream.synchronize()
+        return (time.perf_counter_ns() - self._start_ns) * 1e-3
+
+
+class Ranks:
+    """A stream, a meter and a clock for each of `devices`. Raises ValueError for devices that are not there."""
+
+    def __init__(self, backend: Backend, devices: Sequence[int]) -> None:
+        self.backend, self.devices = backend, tuple(devices)
+        self.native: Any = Place(backend, torch.device("cpu"), None).native()
+        self.timeout_s = _TIMEOUT_S[backend]
+        count = self.native.device_count()
+        if len(devices) < 2 or not all(0 <= device < count for device in devices):
+            raise ValueError(
+                f"devices is {','.join(map(str, devices))}; expected two or more, one for each rank, each less than "
+                f"{count}, the number of devices"
+            )
+        on_gpus = backend == "cuda"
+        if on_gpus:
+            enable_peer_access(sorted(set(devices)))
+        self.places = [torch.device("cuda", device) if on_gpus else torch.device("cpu") for device in devices]
+        self.streams: list[Stream] = [self.native.Stream(device) for device in devices]
+        windows = self.windows(meter_bytes(len(devices), _LINK_BYTES_PER_PEER[backend]))
+        self._meters: list[Meter] = [
+            self.native.Meter(rank=rank, device=device, windows=windows, timeout_s=self.timeout_s)
+            for rank, device in enumerate(devices)
+        ]
+        self._watches: list[Stopwatch] = [
+            GpuStopwatch(place) if on_gpus else EmulatorWatch(stream)
+            for place, stream in zip(self.places, self.streams, strict=True)
+        ]
+
+    def windows(self, nbytes: int) -> list[Window]:
+        """One for each rank; in one process an address is good on all GPUs."""
+        return [self.native.Window.create(nbytes, device) for device in self.devices]
+
+    def together(self, operation: OfRank) -> None:
+        """Runs `operation` on all ranks without the gate, and waits until it is done."""
+        for rank in range(len(self.devices)):
+            with self._current(rank):
+                operation(rank)
+        self._synchronize()
+
+    def measure(self, operation: OfRank, num_iters: int, after: OfRank = lambda rank: None) -> Times:
+        """Times `operation` from the common release of all streams; `after` follows it and is not timed."""
+        self.together(operation)  # once while nothing is held: what still has to be loaded may wait for all kernels
+        self.together(after)
+        samples = [self._sample(operation, after) for _ in range(_NUM_WARMUP + num_iters)][_NUM_WARMUP:]
+        return Times(statistics.median(each[0] for each in samples), statistics.median(max(each) for each in samples))
+
+    def measure_link(self, most_sms: int, num_iters: int) -> Link:
+        """What rank 0's link carries: bulk copies from every rank to every other, on up to `most_sms` SMs of each."""
+        nbytes, speeds = whole_pieces(_LINK_BYTES_PER_PEER[self.backend]), []
+        for num_sms, direction in itertools.product(_LINK_SMS[self.backend], get_args(Direction)):
+            if num_sms > most_sms:
+                continue
+            copy = partial(
+                self._copy, direction=getattr(self.native.Direction, direction), nbytes=nbytes, num_sms=num_sms
+            )
+            microseconds = self.measure(copy, num_iters).first
+            speeds.append(
+                LinkSpeed(direction, num_sms, round(nbytes * (len(self.devices) - 1) / microseconds / 1e3, 3))
+            )
+        return Link(speeds, ", of rank 0")
+
+    def synchronize_devices(self) -> None:
+        """Waits for all streams, torch's own among them."""
+        for place in set(self.places):
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
+        self._synchronize()
+
+    def _copy(self, rank: int, **how: Any) -> None:
+        self._meters[rank].copy_all_to_all(stream=self.streams[rank].handle, **how)
+
+    def _sample(self, operation: OfRank, after: OfRank) -> list[float]:
+        try:
+            for rank, (watch, meter) in enumerate(zip(self._watches, self._meters, strict=True)):
+                with self._current(rank):
+                    watch.hold(meter)
+                    watch.start()
+                    operation(rank)
+                    watch.stop()
+                    after(rank)
+        finally:
+            for meter in self._meters:
+                meter.open()
+        times = [watch.microseconds() for watch in self._watches]
+        self._synchronize()
+        if any(meter.late() for meter in self._meters):
+            raise TimeoutError("the gate gave up: some rank's stream did not come in time")
+        return times
+
+    def _synchronize(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
+    @contextmanager
+    def _current(self, rank: int) -> Iterator[None]:
+        """The rank's device and stream as torch's current ones."""
+        if self.backend != "cuda":
+            yield
+            return
+        cuda: Any = torch.cuda  # whose streams are untyped in some versions
+        with cuda.stream(cuda.ExternalStream(self.streams[rank].handle, device=self.places[rank])):
+            yield
