@@ -84,6 +84,8 @@ __device__ inline void give_up(const Context& c, const FaultRecord& record) {
 template <class Ready, class Seen>
 __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expected, Ready&& ready, Seen&& seen) {
   if (ready()) return true;
+  // Who waits for the own rank waits for another thread that waits for a peer: that one should be the first to give up.
+  const uint64_t patience = c.team.timeout_ns + (peer == c.team.rank ? c.team.timeout_ns / 8 : 0);
   const uint64_t start = ptx::global_timer();
   while (true) {
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
@@ -94,7 +96,7 @@ __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expec
       return false;
     }
     const uint64_t waited = ptx::global_timer() - start;
-    if (waited >= c.team.timeout_ns) {
+    if (waited >= patience) {
       give_up(c, {Fault::kTimeout, step, c.team.rank, peer, c.lane, static_cast<uint32_t>(waited / 1000000), c.epoch,
                   expected, seen()});
       return false;
