@@ -84,8 +84,10 @@ __device__ inline void give_up(const Context& c, const FaultRecord& record) {
 template <class Ready, class Seen>
 __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expected, Ready&& ready, Seen&& seen) {
   if (ready()) return true;
-  // Who waits for the own rank waits for another thread that waits for a peer: that one should be the first to give up.
-  const uint64_t patience = c.team.timeout_ns + (peer == c.team.rank ? c.team.timeout_ns / 8 : 0);
+  // Who waits for the own rank, or for a relay, waits for another thread that waits for a peer: that one should be the
+  // first to give up.
+  const bool is_second = peer == c.team.rank || step == Step::kD6Relayed;
+  const uint64_t patience = c.team.timeout_ns + (is_second ? c.team.timeout_ns / 8 : 0);
   const uint64_t start = ptx::global_timer();
   while (true) {
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
