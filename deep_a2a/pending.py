@@ -14,8 +14,7 @@ class Pending(Generic[Result]):
     """The send half is launched; `recv()` launches the receive half, once, and returns the result.
 
     Every rank has to call `recv()`; until then the lane takes no other operation. The input has to stay as it is until
-    ``sent()`` says so; rows lent by `Buffer.lend_expert_output` until the combine has been received, since peers read
-    them.
+    ``sent()`` says so; lent tensors until the operation has been received, since peers read them.
     """
 
     def __init__(self, receive: Callable[[], Result], sent: Callable[[], bool]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import loopback
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,19 +18,19 @@ from deep_a2a.results import Event
 # "emulated" is the CUDA kernels run by the CPU.
 BACKENDS = ("cpu", "emulated", "cuda")
 MARKS = {"cpu": (), "emulated": (), "cuda": (pytest.mark.gpu,)}
-# Whether ranks with GPUs of this host may be taken for several nodes: NVSHMEM wants a GPU for each, or the network that
-# tests/test_network_gpu.py tells of. One node only, unless somebody asks for more.
-GPU_NODES = os.environ.get("DEEP_A2A_TEST_GPU_NODES") == "1"
+# Into what nodes ranks with GPUs of this host may be split, such as "2x1,2x2,4x1": then NVSHMEM is needed. With the
+# network of tests/loopback.py all have the same number of ranks per node.
+GPU_NODES = tuple(filter(None, os.environ.get("DEEP_A2A_TEST_GPU_NODES", "").split(",")))
 
 NODES = {  # nodes and ranks per node that tests go through
     "cpu": ("1x1", "1x8", "2x4", "4x2", "8x1", "2x3"),
     "emulated": ("1x1", "1x2", "1x3", "1x4", "1x8", "2x1", "2x2", "4x1", "3x2"),
-    "cuda": ("1x1", "1x2", "1x3", "1x4", "1x8", *(("2x1", "2x2", "4x1") if GPU_NODES else ())),
+    "cuda": ("1x1", "1x2", "1x3", "1x4", "1x8", *GPU_NODES),
 }
 USUAL_NODES = {  # the first ones where nothing else is said
     "cpu": ("2x4",),
     "emulated": ("1x4", "2x2"),
-    "cuda": ("1x4", *(("2x2",) if GPU_NODES else ())),
+    "cuda": ("1x4", *(nodes for nodes in GPU_NODES if nodes in ("2x2", "4x1"))),
 }
 # Few, as the emulator runs every thread of every block, and more than one, so that blocks have to meet.
 EMULATED_SMS = 2
@@ -45,7 +47,7 @@ def on_nodes(num_ranks: int, sizes: Iterable[int], first: int = 0) -> pytest.Mar
         (name, size)
         for name in BACKENDS[first:]
         for size in sorted({*sizes, num_ranks})
-        if name != "cuda" or size == num_ranks or GPU_NODES
+        if name != "cuda" or size == num_ranks or f"{num_ranks // size}x{size}" in GPU_NODES
     ]
     params = [pytest.param(name, size, marks=MARKS[name], id=f"{name}-{size} per node") for name, size in places]
     return pytest.mark.parametrize(("backend", "ranks_per_node"), params)
@@ -78,11 +80,13 @@ def device_of(backend: str) -> torch.device:
 
 
 def place(backend: str, ranks_per_node: int | None = None) -> dict[str, Any]:
-    """Arguments of a Buffer."""
+    """Arguments of a Buffer. On GPUs the ranks are one node unless this split is among GPU_NODES."""
     device_of(backend)
+    if backend == "cuda" and f"{dist.get_world_size() // (ranks_per_node or 1)}x{ranks_per_node}" not in GPU_NODES:
+        ranks_per_node = None
     return {
         "backend": backend,
-        "ranks_per_node": None if backend == "cuda" and not GPU_NODES else ranks_per_node,
+        "ranks_per_node": ranks_per_node,
         "num_sms": EMULATED_SMS if backend == "emulated" else None,
     }
 
@@ -98,6 +102,17 @@ def settle(buffer: deep_a2a.Buffer) -> None:
     if buffer.backend == "cuda":
         torch.cuda.synchronize()
     buffer.check()
+
+
+def let_arrive(backend: str) -> None:
+    """Before the host copies results: over the loopback network rows come by copies that this process makes, and a thread
+    that waits for its stream inside of the driver would keep them from being made."""
+    if backend != "cuda" or loopback.DIRECTORY is None:
+        return
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    while not event.query():
+        time.sleep(0.001)
 
 
 CLOCK_HZ = 2e9  # of a GPU, at most

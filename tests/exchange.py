@@ -10,7 +10,7 @@ from typing import Any
 import data
 import torch
 import torch.distributed as dist
-from backends import device_of, wait_for
+from backends import device_of, let_arrive, wait_for
 from generators import Case
 
 import deep_a2a
@@ -128,6 +128,7 @@ def dispatch(
     result = buffer.dispatch_send(x, **modes).recv() if case.halves else buffer.dispatch(x, **modes)
     if case.async_op:
         finish(case, result.event)
+    let_arrive(case.backend)
     return result
 
 
@@ -171,6 +172,7 @@ def combine(
         combined = buffer.combine(rows, result.handle, **modes)
     if case.async_op:
         finish(case, combined.event)
+    let_arrive(case.backend)
     return combined
 
 

@@ -26,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import loopback
 import torch
 import torch.distributed as dist
 
@@ -88,8 +89,7 @@ def serve(
     jobs: Connection, alive: Connection, rank: int, num_ranks: int, directory: str, environment: dict[str, str]
 ) -> None:
     """Body of a rank: joins the process group, then does what `jobs` brings until it brings nothing."""
-    # The emulator's schedules differ between ranks.
-    os.environ.update({"DEEP_A2A_EMULATOR_SEED": str(rank), **environment})
+    os.environ.update(environment)
     watcher = threading.Thread(target=exit_with_parent, args=(alive, directory), daemon=True)
     watcher.start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process ends its ranks
@@ -184,11 +184,15 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._directory = tempfile.TemporaryDirectory(prefix="ranks.")
+        with loopback.for_children():
+            self._start_ranks(context, self._directory.name)
+
+    def _start_ranks(self, context: Any, directory: str) -> None:
         try:
             for rank in range(self.num_ranks):
                 jobs, rank_jobs = context.Pipe()
                 rank_alive, alive = context.Pipe(duplex=False)
-                args = (rank_jobs, rank_alive, rank, self.num_ranks, self._directory.name, self._environment)
+                args = (rank_jobs, rank_alive, rank, self.num_ranks, directory, self._environment_of(rank))
                 process = context.Process(target=serve, args=args, name=f"rank{rank}", daemon=True)
                 self._jobs.append(jobs)
                 self._alive.append(alive)
@@ -200,6 +204,10 @@ class Pool:
         except BaseException:
             self.kill()
             raise
+
+    def _environment_of(self, rank: int) -> dict[str, str]:
+        # The emulator's schedules differ between ranks.
+        return {"DEEP_A2A_EMULATOR_SEED": str(rank), **loopback.of_rank(rank), **self._environment}
 
     def _collect(self, deadline_s: float, killed: Collection[int]) -> dict[int, Answer]:
         """One answer of every rank that is not `killed`; raises RankError with all that went wrong."""

@@ -31,6 +31,19 @@ CASES: dict[str, dict[str, Any]] = {
     "one expert twice": {"routing": "repeated", "num_topk": 8, "local_experts": 2, "side": True},
     "odd vector length": {"hidden": 8 * 17, "num_topk": 8},
     "wide rows": {"hidden": 4096, "num_topk": 8},
+    # More terms than half of a ring's stages, and fewer than all, in rows of several chunks.
+    **{
+        f"{terms} terms of several chunks": {
+            "hidden": 4096,
+            "local_experts": terms,
+            "num_topk": terms,
+            "routing": "one_rank",
+            "weighted": False,
+            "max_tokens": 12,
+            "tokens": (12, 11, 0, 7, 12, 12, 3, 1),
+        }
+        for terms in (5, 6, 7)
+    },
 }
 
 

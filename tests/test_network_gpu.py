@@ -1,8 +1,5 @@
-"""Puts over real NVSHMEM, by ranks that are programs of their own, on as many GPUs as there are.
-
-With DEEP_A2A_LOOPBACK_NETWORK, a directory that says in its file `env` how NVSHMEM gets a network on this host, also
-between pretended nodes that reach each other by that network alone.
-"""
+"""Puts over real NVSHMEM, by ranks that are programs of their own, on as many GPUs as there are: over NVLink, and over
+the network of loopback.py."""
 
 from __future__ import annotations
 
@@ -11,25 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import loopback
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 150.0
-LOOPBACK = os.environ.get("DEEP_A2A_LOOPBACK_NETWORK")
 
 
 def environment_of(rank: int, ranks_per_node: int, network: str) -> dict[str, str]:
-    """For a rank's program: what a shell has after it has read the network's `env`."""
+    """For a rank's program."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if network == "remote":
-        assert LOOPBACK is not None
-        script = '. "$0/env" && exec env -0'
-        shown = subprocess.run(
-            ["bash", "-c", script, LOOPBACK], capture_output=True, env=environment, timeout=30, check=True
-        )
-        pairs = (item.partition(b"=") for item in shown.stdout.split(b"\0") if item)
-        environment = {name.decode(): value.decode() for name, _, value in pairs}
-        environment["NVSHMEM_FAKE_HOST"] = f"node{rank // ranks_per_node}"
+        environment |= loopback.environment() | loopback.of_rank(rank, ranks_per_node)
     environment.setdefault("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "lo")
     return environment
 
@@ -68,7 +58,7 @@ def test_puts_over_nvlink(nodes: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(LOOPBACK is None, reason="DEEP_A2A_LOOPBACK_NETWORK is not set")
+@pytest.mark.skipif(loopback.DIRECTORY is None, reason="DEEP_A2A_LOOPBACK_NETWORK is not set")
 @pytest.mark.parametrize("nodes", ["2x1", "2x2"])
 def test_puts_over_a_network(nodes: str, tmp_path: Path) -> None:
     num_nodes, ranks_per_node = map(int, nodes.split("x"))

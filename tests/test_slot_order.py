@@ -51,6 +51,32 @@ def own_on_two_lanes(
     return got
 
 
+def refused_on_two_lanes(
+    group: dist.ProcessGroup, backend: str, ranks_per_node: int, layout: str
+) -> list[tuple[str, str]]:
+    """Both before the host has looked at either; then one that fits."""
+    settings: dict[str, Any] = {**SIZES, "layout": layout, "max_recv_rows": 16}
+    errors = []
+    with deep_a2a.Buffer(group, num_slots=3, **place(backend, ranks_per_node), **settings) as buffer:
+        pending = [buffer.dispatch_send(*tokens(buffer, 1.0), lane=lane) for lane in (0, 1)]
+        for one in pending:
+            while not one.sent():
+                time.sleep(0.001)
+        errors += [error_of(one.recv) for one in pending]
+        fits = buffer.dispatch(*tokens(buffer, 2.0, 4))
+        assert fits.num_rank_rows == 8
+        fits.release()
+        buffer.check()
+    return errors
+
+
+@on_pairs
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_refused_on_two_lanes(pools: Callable[[int], Pool], backend: str, ranks_per_node: int, layout: str) -> None:
+    for errors in pools(2).run(refused_on_two_lanes, backend, ranks_per_node, layout):
+        assert [name for name, _ in errors] == ["CapacityError", "CapacityError"], errors
+
+
 @on_pairs
 @pytest.mark.parametrize("host_sync", [True, False])
 def test_slot_goes_from_lane_to_lane(

@@ -175,17 +175,17 @@ __device__ inline void report_counts(const Context& c, uint64_t ticket, int32_t 
   ptx::st_release_sys(&report.ticket, ticket);
 }
 
-// The count vectors, for the host to say why; the first refusal stays until the host has read it. All threads of a
-// block.
+// The count vectors, for the host to say why; a refusal stays until the host has read it. All threads of one block.
 __device__ inline void report_refusal(const Context& c) {
-  const bool claims = threadIdx.x == 0 && ptx::atom_exch_acq_rel_gpu(&c.team.control->refusal_reported, 1) == 0;
-  if (!__syncthreads_or(claims)) return;
+  RefusalReport& report = c.team.mailbox->refusals[c.lane];
+  const bool tells = threadIdx.x == 0 && ptx::ld_acquire_sys(&report.read) == c.control.refusals;
+  if (!__syncthreads_or(tells)) return;
+  const int64_t bytes = c.num_ranks() * c.sizes.counts_bytes;
   const auto* from = reinterpret_cast<const int32_t*>(c.own(Region::kCounts, c.lane));
-  auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts);
-  const int64_t words = c.num_ranks() * c.sizes.counts_bytes / 4;
-  for (int64_t i = threadIdx.x; i < words; i += blockDim.x) to[i] = ptx::ld_relaxed_sys(from + i);
+  auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts + c.lane * bytes);
+  for (int64_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) to[i] = ptx::ld_relaxed_sys(from + i);
   __syncthreads();
-  if (threadIdx.x == 0) ptx::st_release_sys(&c.team.mailbox->refusal_set, c.epoch);
+  if (threadIdx.x == 0) ptx::st_release_sys(&report.told, ++c.control.refusals);
 }
 
 // All of D3 after the wait. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at.

@@ -53,7 +53,7 @@ __device__ bool sum_rows(const Context& c, const CombineTask& t) {
 
 __global__ void __launch_bounds__(kBlockThreads, 1)
     combine_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t) {
-  const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side));
+  const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side, t.plan.part_shift));
   begin(c, t.half);
   if (!sum_rows(c, t) || !last_block(c, c.control.grid.left)) return;
   if (t.half != Half::kSend) {

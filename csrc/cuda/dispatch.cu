@@ -103,6 +103,8 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
   if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
   if (!d0_slot_credit(c, t)) return Course::kAborted;
   if (!c.shape.row_per_expert()) {
+    ptx::fence_proxy_async_global();  // what the slot held was read by ordinary loads, now it is overwritten by bulk
+                                      // stores
     Pusher(c, t).run();
   } else {
     d4_prepare_input(c, t);

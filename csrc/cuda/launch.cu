@@ -39,6 +39,8 @@ DeviceLimits prepare_kernels(int device) {
   allow_shared_memory(dispatch_kernel, limits);
   allow_shared_memory(combine_kernel, limits);
   allow_shared_memory(scales_kernel, limits);
+  cudaFuncAttributes loaded{};  // to load a kernel later may have to wait for those that run
+  check_cuda(cudaFuncGetAttributes(&loaded, release_kernel), "cudaFuncGetAttributes");
   return limits;
 }
 

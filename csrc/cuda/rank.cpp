@@ -59,7 +59,7 @@ Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr
   check_cuda(cudaMemset(control_memory_, 0, control_bytes), "cudaMemset of the lanes' state");
   team_.control = static_cast<Control*>(control_memory_);
   scratch_ = reinterpret_cast<int32_t*>(team_.control + 1);
-  const auto mailbox_bytes = sizeof(Mailbox) + static_cast<size_t>(t.num_ranks * CountVector::bytes(shape));
+  const auto mailbox_bytes = sizeof(Mailbox) + static_cast<size_t>(shape.num_lanes) * refused_bytes();
   check_cuda(cudaHostAlloc(&mailbox_memory_, mailbox_bytes, cudaHostAllocMapped | cudaHostAllocPortable),
              "cudaHostAlloc of the mailbox");
   std::memset(mailbox_memory_, 0, mailbox_bytes);
@@ -84,6 +84,10 @@ Rank::~Rank() {
 int64_t Rank::source_bytes(int num_tokens) const { return SourceHandle{}.lay_out(shape(), num_tokens, nullptr); }
 
 int64_t Rank::relay_bytes() const { return RelayHandle{}.lay_out(shape(), nullptr); }
+
+size_t Rank::refused_bytes() const {
+  return static_cast<size_t>(shape().topology.num_ranks * CountVector::bytes(shape()));
+}
 
 char* Rank::own(Region region, int instance) const {
   return team_.windows[shape().topology.local_of(team_.rank)] + team_.layout.offset(region, instance);
@@ -174,8 +178,13 @@ void Rank::combine(const Launch& launch, CombineTask task, void* source, void* r
   task.relay.lay_out(shape(), static_cast<char*>(relay));
   const bool lent = task.args.rows == window_rows;
   if (task.half != Half::kReceive && !shape().row_per_expert() && !lent && num_rows > 0) {
-    check_cuda(cudaMemcpyAsync(window_rows, task.args.rows, static_cast<size_t>(num_rows * shape().max_payload_bytes()),
-                               cudaMemcpyDeviceToDevice, launch.stream),
+    const auto* first = static_cast<const char*>(task.args.rows);
+    const int64_t bytes = num_rows * shape().max_payload_bytes();
+    check_argument(
+        first >= window_rows + shape().slot_rank_rows() * shape().max_payload_bytes() || first + bytes <= window_rows,
+        "x is a part of the lent expert output, expected its first rows as they are, or memory of your own");
+    check_cuda(cudaMemcpyAsync(window_rows, task.args.rows, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
+                               launch.stream),
                "the copy of expert outputs into the window");
   }
   check_argument(!shape().row_per_expert() || is_aligned(task.args.rows, 0),
@@ -200,7 +209,8 @@ ReceivedSizes Rank::wait_counts(int lane, uint64_t ticket, cudaStream_t stream) 
     }
   }
   const ReceivedSizes sizes{report.num_rows, report.num_rank_rows};
-  check();
+  check_faults();
+  check_refusals(lane);
   return sizes;
 }
 
@@ -222,15 +232,17 @@ WireBytes Rank::wire_bytes() const {
 
 void Rank::check() {
   check_faults();
-  if (read_pinned(team_.mailbox->refusal_set) == 0) return;
-  const Verdict verdict = agree(shape(), AllCounts(shape(), team_.refused_counts));
-  if (!verdict.slots_disagree) {
-    __atomic_store_n(&team_.mailbox->refusal_set, 0, __ATOMIC_RELEASE);
-    const OnDevice on(device_);
-    check_cuda(cudaMemsetAsync(&team_.control->refusal_reported, 0, sizeof(uint32_t), stream_.get()),
-               "taking back the report of a refusal");
-    stream_.synchronize();
-  }
+  for (int lane = 0; lane < shape().num_lanes; ++lane) check_refusals(lane);
+}
+
+void Rank::check_refusals(int lane) {
+  const std::lock_guard<std::mutex> lock(refusals_);
+  RefusalReport& report = team_.mailbox->refusals[lane];
+  const uint64_t told = read_pinned(report.told);
+  if (told == report.read) return;
+  const Verdict verdict =
+      agree(shape(), AllCounts(shape(), team_.refused_counts + static_cast<size_t>(lane) * refused_bytes()));
+  if (!verdict.slots_disagree) __atomic_store_n(&report.read, told, __ATOMIC_RELEASE);  // else it is raised for ever
   if (!verdict.refusal) throw CommError("a dispatch was refused, and its counts do not say why");
   std::rethrow_exception(verdict.refusal);
 }

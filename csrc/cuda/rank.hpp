@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -52,7 +53,7 @@ class Rank {
 
   // Blocks until the sizes of that dispatch are known. Throws what it was refused with, or what ended the buffer.
   ReceivedSizes wait_counts(int lane, uint64_t ticket, cudaStream_t stream);
-  // Throws what a kernel has reported: a refusal once, a fault for ever.
+  // Throws what a kernel has reported: a refusal once, of any lane, a fault for ever.
   void check();
   void check_faults();
   WireBytes wire_bytes() const;
@@ -62,6 +63,9 @@ class Rank {
   void check_dispatch(const DispatchTask& task) const;
   // Input that peers pull, or that bulk copies cannot read where it is, goes into the window.
   void place_input(cudaStream_t stream, DispatchTask& task);
+  // Throws the refusal of a dispatch of that lane, once.
+  void check_refusals(int lane);
+  size_t refused_bytes() const;  // of the count vectors that a lane's refusal leaves
   std::exception_ptr fault() const;
 
   const int device_;
@@ -74,6 +78,7 @@ class Rank {
   int32_t* scratch_ = nullptr;
   Stream stream_;  // for reading what peers have left behind
   uint64_t tickets_ = 0;
+  std::mutex refusals_;
 };
 
 }  // namespace deep_a2a::cuda

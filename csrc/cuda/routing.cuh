@@ -55,7 +55,7 @@ __device__ inline void d4_send_records(const Context& c, const DispatchTask& t, 
 
 // What a receiver keeps of kWidth top-k slots of a rank row: nothing of other ranks' experts.
 template <int kWidth>
-struct KeptRoutes {
+struct alignas(4 * kWidth) KeptRoutes {
   int32_t experts[kWidth];
   float weights[kWidth];
   int32_t rows[kWidth];

@@ -157,24 +157,26 @@ __device__ inline float compact(float value, uint32_t present) {
   return mine;
 }
 
-// Loads the terms of one sum, a lane for each, once their stages are free. Lanes need not wait for each other. Both
-// warps of a ring pass the same terms; `at` goes on.
+// Loads the terms of one sum, a lane for each, once their stages are free. Both warps of a ring pass the same terms;
+// `at` goes on.
 __device__ inline void load_row(const SumRing& ring, RingPosition& at, const Term& term, int row_bytes) {
   const uint32_t present = __ballot_sync(kFullWarp, term.row != nullptr);
   const int count = __popc(present);
-  if (term.row != nullptr) {
-    RingPosition mine = ring.at(at, __popc(present & lanes_below()));
-    for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) {
+  RingPosition mine = ring.at(at, __popc(present & lanes_below()));
+  for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) {
+    if (term.row != nullptr) {
       const int bytes = min(ring.plan.chunk_bytes, row_bytes - offset);
       wait_full(ring.empty + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
       ptx::fence_proxy_async_shared();  // what the other warp has read is overwritten by a bulk load
       ptx::mbarrier_arrive_expect_tx(ring.full + mine.stage, bytes);
       ptx::bulk_load(ring.stage(mine.stage), term.row + offset, bytes, ring.full + mine.stage);
-      mine = ring.at(mine, count);
     }
+    // A parity tells one phase from the next alone. Whoever loaded what lay in a stage before has seen the stage
+    // emptied for that: now all lanes know.
+    __syncwarp();
+    mine = ring.at(mine, count);
+    at = ring.at(at, count);
   }
-  __syncwarp();
-  for (int offset = 0; offset < row_bytes; offset += ring.plan.chunk_bytes) at = ring.at(at, count);
 }
 
 // Adds the chunks of one sum with `add` as they come, and writes them, rounded, to `out`.

@@ -33,6 +33,7 @@ struct GridCounters {
 struct LaneControl {
   uint64_t epoch;          // of the operation that began last
   uint64_t refused_epoch;  // of the dispatch that was refused last
+  uint64_t refusals;       // that were told to the host
   GridCounters grid;
 };
 
@@ -47,7 +48,6 @@ struct Control {
   unsigned long long wire_bytes;     // moved between GPUs of the node so far
   unsigned long long network_bytes;  // put to other nodes so far
   uint32_t fault_reported;           // a thread of this rank has taken it upon itself
-  uint32_t refusal_reported;         // likewise; the host takes it back when it has read why
 };
 
 // Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.
@@ -57,11 +57,17 @@ struct CountReport {
   int32_t num_rank_rows;
 };
 
+// Of one lane. A kernel tells of a refusal once the host has read of all before; one that comes earlier is not told.
+struct RefusalReport {
+  uint64_t told;  // how many, written after the count vectors of the refused dispatch
+  uint64_t read;  // how many, written by the host
+};
+
 struct Mailbox {
   CountReport counts[kMaxLanes];
+  RefusalReport refusals[kMaxLanes];
   uint64_t fault_set;  // written after `fault`
   FaultRecord fault;
-  uint64_t refusal_set;  // written after the count vectors of the refused dispatch, which follow this struct
 };
 
 // What follows from shape and rank by division: worked out once on the host, since a GPU has no divider.
@@ -107,7 +113,7 @@ struct Team {
   uint64_t delay_seed;  // tests: releases come late, as drawn from it; 0 for never
   Control* control;
   Mailbox* mailbox;
-  char* refused_counts;             // behind the mailbox: the count vectors of all ranks
+  char* refused_counts;             // behind the mailbox, by lane: the count vectors of all ranks
   char* windows[kMaxRanksPerNode];  // of the ranks of this node, the own one included
   int32_t rail_pes[kMaxNodes];      // by node: the rail peer's number in the NVSHMEM job; with one node unused
 };

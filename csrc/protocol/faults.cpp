@@ -26,8 +26,8 @@ std::string describe(const FaultRecord& record, const Topology& topology, const 
       return text(who, " failed by itself, see its own error", where);
     case Fault::kMismatch:
       return text(who, " found in step ", step, " that ", whom,
-                  " was called differently (handle, slot, dtype of x, or side): expected ", record.expected, ", seen ",
-                  record.seen, where);
+                  " was called differently (handle, slot, dtype of x, side, or the number of SMs): expected ",
+                  record.expected, ", seen ", record.seen, where);
     case Fault::kTimeout:
       break;
   }

@@ -60,7 +60,10 @@ struct Tag {
   DEEP_A2A_HOST_DEVICE static uint32_t dispatch(int slot, int format_code, bool cached) {
     return static_cast<uint32_t>(slot) << 8 | static_cast<uint32_t>(format_code) << 1 | (cached ? 1u : 0u);
   }
-  DEEP_A2A_HOST_DEVICE static uint32_t combine(bool with_side) { return 1u << 15 | (with_side ? 1u : 0u); }
+  // `part_shift`: what ranks on GPUs understand by a part of their own sums.
+  DEEP_A2A_HOST_DEVICE static uint32_t combine(bool with_side, int part_shift = 0) {
+    return 1u << 15 | static_cast<uint32_t>(part_shift) << 1 | (with_side ? 1u : 0u);
+  }
   DEEP_A2A_HOST_DEVICE static uint64_t word(uint64_t epoch, uint32_t tag) { return epoch << kBits | tag; }
   DEEP_A2A_HOST_DEVICE static uint32_t of(uint64_t word) { return static_cast<uint32_t>(word & ((1u << kBits) - 1)); }
   DEEP_A2A_HOST_DEVICE static int slot(uint32_t tag) { return static_cast<int>(tag >> 8 & (kMaxSlots - 1)); }
