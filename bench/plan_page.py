@@ -22,6 +22,7 @@ from deep_a2a.planner.report import (
     rates_table,
     scale_table,
     spread_table,
+    staging_table,
     window_table,
 )
 from deep_a2a.planner.tables import Table
@@ -103,6 +104,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "unlimited": lambda: scale_table(scales(4096, None)),
     "decode": lambda: scale_table(scales(128, NODES_PER_TOKEN)),
     "windows": lambda: window_table(windows()),
+    "staging": lambda: staging_table(windows()),
 }
 
 

@@ -1,5 +1,7 @@
 """Draws a result file: on GPUs bandwidth over SMs and over tokens, with the link's ceiling; else times and baselines.
 
+Of several nodes: bandwidth of the network over SMs, with its ceiling, and bytes and times over the node limit.
+
     python bench/plot.py bench/results/cpu.json [PNG]
 
 Needs matplotlib: pip install 'deep-a2a[bench]'.
@@ -25,7 +27,7 @@ def label(record: Record) -> str:
         record.op,
         record.dtype,
         record.layout,
-        f"{record.num_ranks // record.ranks_per_node}x{record.ranks_per_node}",
+        f"{record.num_nodes}x{record.ranks_per_node}",
     ]
     if record.routing != "uniform":
         parts.append(record.routing)
@@ -41,9 +43,12 @@ def label(record: Record) -> str:
 
 
 def curves(
-    records: Iterable[Record], along: Callable[[Record], int | None], fixed: Callable[[Record], Any]
+    records: Iterable[Record],
+    along: Callable[[Record], int | None],
+    fixed: Callable[[Record], Any],
+    value: Callable[[Record], float] = lambda record: record.wire_gbs,
 ) -> dict[str, Curve]:
-    """Wire GB/s by what `along` gives, one curve for each payload and layout; curves of one point are left out.
+    """`value` (wire GB/s) by what `along` gives, a curve for each payload and layout; curves of one point are left out.
 
     Of plain records only: uniform routing, nothing cached or copied. `fixed` is what else may not change along a curve;
     of several values, that with the most points is drawn.
@@ -55,7 +60,7 @@ def curves(
         if at is None or not plain or record.graph or (record.op == "dispatch" and record.output == "owned"):
             continue
         payload = "bf16" if record.op == "combine" else record.dtype  # what combine moves, whatever came
-        points[f"{record.op} {payload} {record.layout}", fixed(record)][at].append(record.wire_gbs)
+        points[f"{record.op} {payload} {record.layout}", fixed(record)][at].append(value(record))
     drawn: dict[str, Curve] = {}
     for (name, _), values in sorted(points.items(), key=lambda item: len(item[1])):
         if len(values) > 1:
@@ -70,22 +75,55 @@ def draw_bandwidth(records: Sequence[Record], figure: Any) -> None:
     over_tokens = curves(records, lambda record: record.num_tokens, lambda record: record.num_sms)
     names = list(dict.fromkeys([*over_sms, *over_tokens]))
     for axes, what, drawn in zip(sides, ("SMs", "tokens per rank"), (over_sms, over_tokens), strict=True):
-        for name, curve in drawn.items():
-            at, gbs = zip(*curve, strict=True)
-            dashes = ":" if name.startswith("combine") else "-"
-            axes.plot(at, gbs, dashes, marker="o", color=f"C{names.index(name) % 10}", label=name)
         if what != "SMs":
             axes.set_xscale("log", base=2)
-        ticks = sorted({at for curve in drawn.values() for at, _ in curve})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        draw_curves(axes, drawn, names, what)
         best = max((r for r in records if r.ceiling_gbs is not None), key=lambda r: r.ceiling_gbs or 0, default=None)
         if best is not None and best.ceiling_gbs is not None:
             axes.axhline(best.ceiling_gbs, color="black", linestyle="--", label=f"ceiling: {best.ceiling_of}")
-        axes.set_xlabel(what)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
     sides[0].set_ylabel("GB/s on the busiest link, per GPU")
     sides[0].legend(fontsize="x-small")
+
+
+def draw_nodes(records: Sequence[Record], figure: Any) -> None:
+    """Three plots: the network's rate over SMs without a node limit, its bytes and total times over the node limit."""
+    free = [record for record in records if record.topk_groups is None]
+    plots: list[tuple[str, str, dict[str, Curve]]] = [
+        ("SMs", "GB/s between nodes, per GPU",
+         curves(free, lambda r: r.num_sms, lambda r: (r.num_nodes, r.num_tokens), lambda r: r.network_gbs)),
+    ]  # fmt: skip
+    values: tuple[tuple[str, Callable[[Record], float]], ...] = (
+        ("MB between nodes, of the busiest GPU", lambda r: r.wire_bytes.network / 1e6),
+        ("us, slowest rank, median", lambda r: r.total_us),
+    )
+    for what, value in values:
+        over = curves(records, lambda r: r.topk_groups, lambda r: (r.num_nodes, r.num_tokens, r.num_sms), value)
+        plots.append(("nodes that a token may go to", what, over))
+    names = list(dict.fromkeys(name for _, _, drawn in plots for name in drawn))
+    for axes, (along, what, drawn) in zip(figure.subplots(1, len(plots)), plots, strict=True):
+        draw_curves(axes, drawn, names, along)
+        axes.set_ylabel(what)
+    best = max(records, key=lambda record: record.network_ceiling_gbs or 0)
+    first = figure.axes[0]
+    if best.network_ceiling_gbs is not None:
+        label = f"ceiling: {best.network_ceiling_of}"
+        first.axhline(best.network_ceiling_gbs, color="black", linestyle="--", label=label)
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+    first.legend(fontsize="x-small")
+
+
+def draw_curves(axes: Any, drawn: dict[str, Curve], names: Sequence[str], along: str) -> None:
+    """Curves in the colours of their places in `names`, combine dotted, with a tick for each point."""
+    for name, curve in drawn.items():
+        at, values = zip(*curve, strict=True)
+        dashes = ":" if name.startswith("combine") else "-"
+        axes.plot(at, values, dashes, marker="o", color=f"C{names.index(name) % 10}", label=name)
+    ticks = sorted({at for curve in drawn.values() for at, _ in curve})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel(along)
+    axes.grid(alpha=0.3)
 
 
 def draw_times(records: Sequence[Record], figure: Any) -> None:
@@ -120,7 +158,11 @@ def draw(results: ResultFile, path: Path) -> None:
     on_gpus = any(record.backend != "cpu" for record in records)
     size = (12, 5.5) if on_gpus else (9, 1.5 + 0.3 * len(records))
     figure = pyplot.figure(figsize=size, layout="constrained")
-    (draw_bandwidth if on_gpus else draw_times)(records, figure)
+    across = [record for record in records if record.num_nodes > 1]
+    if on_gpus and across:
+        draw_nodes(across, figure)
+    else:
+        (draw_bandwidth if on_gpus else draw_times)(records, figure)
     machine = results.machine
     where = f"{machine['gpus']} x {machine['gpu']}" if "gpu" in machine else f"{machine.get('cpu')}"
     figure.suptitle(f"{where}, {machine.get('cores')} cores, {results.date}", fontsize="small")

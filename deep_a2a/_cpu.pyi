@@ -2,6 +2,7 @@
 import enum
 
 SCALE_ALIGNMENT: int  # bytes: from one row of received scales to the next
+STAGED_ROUNDS: int  # that have room between nodes; with more rounds the receive half of a dispatch reads its input too
 
 class Layout(enum.Enum):
     rank = ...
@@ -20,6 +21,8 @@ class ScaleFormat(enum.Enum):
 class Shape:
     slot_rows: int
     slot_rank_rows: int
+    num_rounds: int
+    tokens_per_round: int
     num_local_experts: int
     window_bytes: int
     def __init__(
@@ -37,6 +40,7 @@ class Shape:
         max_recv_rows: int,
         num_slots: int,
         num_lanes: int,
+        staging_bytes: int = 0,  # of net_in and net_out of a lane; 0 for no limit
     ) -> None: ...
 
 def regions(shape: Shape) -> list[tuple[str, int, int, int, int, str]]: ...

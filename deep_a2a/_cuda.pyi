@@ -58,6 +58,7 @@ class Rank:
         device: int,
         windows: list[Window],
         rail_pes: list[int] = ...,
+        rail_windows: list[Window | None] = ...,
         timeout_s: float,
         delay_seed: int | None = None,
     ) -> None: ...

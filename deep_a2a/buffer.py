@@ -60,6 +60,8 @@ class Buffer:
             more to any rank raises CapacityError on all of them.
         num_slots: results that may be leased at a time.
         num_lanes: sequences of operations that run beside each other.
+        staging_bytes: several nodes: the most bytes of a lane's rows on their way between nodes (regions net_in and
+            net_out of `memory`); None for 1 GiB. Where a lane's rows do not fit, its tokens go in rounds.
         timeout_s: seconds that a rank waits for another before it gives up.
         num_sms: SMs that a kernel takes; None for the default. Of no meaning on the CPU.
         device: backend "cuda": index of the GPU; None for the current one.
@@ -92,6 +94,7 @@ class Buffer:
         max_recv_rows: int | None = None,
         num_slots: int = 2,
         num_lanes: int = 2,
+        staging_bytes: int | None = None,
         timeout_s: float = 300.0,
         num_sms: int | None = None,
         device: int | None = None,
@@ -112,6 +115,7 @@ class Buffer:
             "max_recv_rows": max_recv_rows,
             "num_slots": num_slots,
             "num_lanes": num_lanes,
+            "staging_bytes": staging_bytes,
         }
         options = Options(backend, device, num_sms, stream, timeout_s, network_seed)
         made = construct(self.group, given, ranks_per_node, options)

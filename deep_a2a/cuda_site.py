@@ -3,9 +3,10 @@ nodes windows lie in NVSHMEM's symmetric memory."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deep_a2a import nvshmem_job, nvshmem_memory
+from deep_a2a import nvshmem_environment, nvshmem_job, nvshmem_memory
 from deep_a2a.arrays import Device
 from deep_a2a.bootstrap import Member, host_identity, require_one_host, together
 from deep_a2a.cuda_backend import CudaBackend
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 
 _USUAL_SMS = 12  # when nothing is said: as in csrc/cuda/tuning.cpp
+
+
+@dataclass(frozen=True)
+class Rails:
+    """By node, with several: the rail peer's PE, and its window where rows are stored there rather than put."""
+
+    pes: list[int]
+    windows: list[_cuda.Window | None]
 
 
 class CudaSite:
@@ -74,7 +83,7 @@ class CudaSite:
             for rank, handle in enumerate(handles):
                 mine = rank == group.rank
                 windows.append(created[0] if mine else self._open(handle, nbytes, members, group.rank, rank))
-            ranks.append(self._start(self._native, settings, group.rank, windows, timeout_s, []))
+            ranks.append(self._start(self._native, settings, group.rank, windows, timeout_s, Rails([], [])))
 
         together(group, open_all, timeout_s, "open the windows of its peers")
         return self._backend(self._native, ranks[0], settings, created[0], timeout_s)
@@ -97,7 +106,9 @@ class CudaSite:
         locals_ = settings.ranks_per_node
         first = group.rank - group.rank % locals_
         near = windows[first : first + locals_]
-        rail_pes = list(job.pes[group.rank % locals_ :: locals_])
+        rail = slice(group.rank % locals_, None, locals_)
+        stores = self._delay_seed is None and not nvshmem_environment.always_puts()
+        rail_windows = windows[rail] if stores else [None] * settings.num_nodes
         ranks: list[Any] = []
 
         def start() -> None:
@@ -107,7 +118,8 @@ class CudaSite:
                         f"NVSHMEM does not map the memory of rank {first + local} to rank {group.rank} of the same "
                         "node: ranks_per_node must be at most the number of ranks that NVLink connects"
                     )
-            ranks.append(self._start(native, settings, group.rank, near, timeout_s, rail_pes))
+            rails = Rails(list(job.pes[rail]), rail_windows)
+            ranks.append(self._start(native, settings, group.rank, near, timeout_s, rails))
 
         together(group, start, timeout_s, "start")
         return self._backend(native, ranks[0], settings, windows[group.rank], timeout_s)
@@ -163,14 +175,15 @@ class CudaSite:
         rank: int,
         windows: list[_cuda.Window],
         timeout_s: float,
-        rail_pes: list[int],
+        rails: Rails,
     ) -> _cuda.Rank:
         engine: _cuda.Rank = native.Rank(
             shape=settings.shape(),
             rank=rank,
             device=self._ordinal,
             windows=windows,
-            rail_pes=rail_pes,
+            rail_pes=rails.pes,
+            rail_windows=rails.windows,
             timeout_s=timeout_s,
             delay_seed=self._delay_seed,
         )

@@ -71,6 +71,6 @@ def check_affordable(window_bytes: int, ranks_on_host: int) -> None:
 def with_advice(error: MemoryError, table: MemoryTable) -> MemoryError:
     """`error` with what can be done, and the table that shows what for."""
     return MemoryError(
-        f"{error}: lower num_max_tokens_per_rank, num_slots or num_lanes, or bound the received rows (max_recv_rows; "
-        f"layout 'padded': expert_capacity)\n{table}"
+        f"{error}: lower num_max_tokens_per_rank, num_slots, num_lanes or, with several nodes, staging_bytes, or bound "
+        f"the received rows (max_recv_rows; layout 'padded': expert_capacity)\n{table}"
     )

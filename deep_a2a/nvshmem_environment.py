@@ -14,7 +14,9 @@ def defaults(heap_bytes: int, num_queues: int) -> dict[str, str]:
     return {
         # Multicast is of no use here, and setting it up has hung GPUs.
         "NVSHMEM_DISABLE_NVLS": "1",
-        # Of use where the library cannot map memory on demand; beside the windows it holds things of its own.
+        # A heap that grows is mapped to peers in its first part alone (3.4.5, seen with two H200 from 512 MiB on): one
+        # of fixed size is mapped as a whole. Beside the windows it holds things of the library's own.
+        "NVSHMEM_DISABLE_CUDA_VMM": "1",
         "NVSHMEM_SYMMETRIC_SIZE": str(max(1024 * _MIB, heap_bytes + heap_bytes // 8 + 256 * _MIB)),
         # Queue pairs to each PE: blocks that share one wait for each other's doorbell.
         "NVSHMEM_IBGDA_NUM_RC_PER_PE": str(max(1, num_queues)),
@@ -27,9 +29,19 @@ def prepare(heap_bytes: int, num_queues: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def heap_size() -> str:
+    """Of the heap on each PE, as the environment has it: bytes, or a number with a unit."""
+    return os.environ.get("NVSHMEM_SYMMETRIC_SIZE", "1G")
+
+
 def is_set(name: str) -> bool:
     """Whether a variable says yes, as NVSHMEM reads it."""
     return os.environ.get(name, "").strip().lower() in ("1", "y", "yes", "t", "true", "on")
+
+
+def always_puts() -> bool:
+    """Whether rows go by NVSHMEM's own puts to GPUs whose memory is mapped, too: for tests, and to measure them."""
+    return is_set("DEEP_A2A_NVSHMEM_PUTS")
 
 
 def remote_transport() -> str:

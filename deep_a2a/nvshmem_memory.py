@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deep_a2a.nvshmem_environment as environment
 from deep_a2a.bootstrap import together
 from deep_a2a.errors import CommError
 from deep_a2a.group import Group
@@ -84,6 +85,12 @@ def _grow(job: Job, group: Group, nbytes: int, timeout_s: float) -> None:
     size = -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
     def grow() -> None:
-        within(timeout_s, lambda: heap.grow(nbytes=size, device=job.device))
+        try:
+            within(timeout_s, lambda: heap.grow(nbytes=size, device=job.device))
+        except MemoryError as error:
+            raise MemoryError(
+                f"NVSHMEM's heap, {environment.heap_size()} on each PE, has no room for another {format_bytes(size)}: "
+                "make the largest Buffer first, or set NVSHMEM_SYMMETRIC_SIZE to what all Buffers take together"
+            ) from error
 
     together(group, grow, timeout_s, f"reserve {format_bytes(size)} of symmetric memory")

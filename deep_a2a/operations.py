@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 
+from deep_a2a._cpu import STAGED_ROUNDS
 from deep_a2a.backend import Backend, CombineRequest, DispatchCall, DispatchRequest, Received
 from deep_a2a.errors import LeaseError
 from deep_a2a.formats import ScaleLayout
@@ -40,8 +41,11 @@ class Operations:
             lease.bind(call.slot_use)
             self._half_open[request.lane] = "dispatch"
             self._keep(call.sent, call, request)
+        # Of the half that reads the input last; None before it is launched.
+        sent = None if self.backend.shape.num_rounds > STAGED_ROUNDS else call.sent
 
         def receive() -> DispatchResult:
+            nonlocal sent
             try:
                 self._check_open()
                 call.wait_counts()
@@ -49,6 +53,7 @@ class Operations:
                     self._check_open()
                     received = call.receive()
                     self._keep(received.event, call, request, received)
+                    sent = received.event if sent is None else sent
                     result = self._result(call, request, received, lease, async_op)
                 if not async_op:
                     received.event.wait()
@@ -57,13 +62,15 @@ class Operations:
                     abandoned = None if self._closed else call.abandon()
                     if abandoned is not None:
                         self._keep(abandoned, call, request)
+                    if sent is None:
+                        sent = abandoned or call.sent
                 lease.end(Release.unread)
                 raise
             finally:
                 self._end(request.lane)
             return result
 
-        return Pending(receive, call.sent.done)
+        return Pending(receive, lambda: sent is not None and sent.done())
 
     def combine(self, request: CombineRequest, *, async_op: bool) -> PendingCombine:
         """Launch the send half of a combine."""

@@ -10,6 +10,11 @@ from deep_a2a.memory import MemoryTable, table_of
 
 LayoutName = Literal["rank", "expert", "padded"]
 
+DEFAULT_STAGING_BYTES = 1 << 30
+# Those that None stands for something in, and those in bytes, which may need more than 32 bits.
+_OPTIONAL = ("expert_capacity", "max_recv_rows", "staging_bytes")
+_BITS = {"staging_bytes": 64}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +32,7 @@ class Settings:
     max_recv_rows: int | None = None
     num_slots: int = 2
     num_lanes: int = 2
+    staging_bytes: int | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -42,6 +48,8 @@ class Settings:
             raise ValueError(f"expert_capacity is for layout 'padded', got {capacity} with layout {self.layout!r}")
         if self.max_recv_rows is not None and self.max_recv_rows < 1:
             raise ValueError(f"max_recv_rows must be at least 1 or None, got {self.max_recv_rows}")
+        if self.staging_bytes is not None and self.staging_bytes < 1:
+            raise ValueError(f"staging_bytes must be at least 1 or None, got {self.staging_bytes}")
         return Shape(
             num_ranks=self.num_ranks,
             ranks_per_node=self.ranks_per_node,
@@ -55,19 +63,20 @@ class Settings:
             max_recv_rows=self.max_recv_rows or 0,
             num_slots=self.num_slots,
             num_lanes=self.num_lanes,
+            staging_bytes=DEFAULT_STAGING_BYTES if self.staging_bytes is None else self.staging_bytes,
         )
 
     def _check_types(self) -> None:
         if self.layout not in ("rank", "expert", "padded"):
             raise ValueError(f"layout must be 'rank', 'expert' or 'padded', got {self.layout!r}")
-        optional = ("expert_capacity", "max_recv_rows")
         for name, value in asdict(self).items():
-            if name == "layout" or (name in optional and value is None):
+            if name == "layout" or (name in _OPTIONAL and value is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-            if not -(2**31) <= value < 2**31:
-                raise ValueError(f"{name} must fit 32 bits, got {value}")
+            bits = _BITS.get(name, 32)
+            if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+                raise ValueError(f"{name} must fit {bits} bits, got {value}")
 
 
 def memory_table(*, num_ranks: int, ranks_per_node: int | None = None, **settings: Any) -> MemoryTable:

@@ -105,8 +105,8 @@ def settle(buffer: deep_a2a.Buffer) -> None:
 
 
 def let_arrive(backend: str) -> None:
-    """Before the host copies results: over the loopback network rows come by copies that this process makes, and a thread
-    that waits for its stream inside of the driver would keep them from being made."""
+    """Before the host copies results: over the loopback network rows come by copies that this process makes, and a
+    thread that waits for its stream inside of the driver would keep them from being made."""
     if backend != "cuda" or loopback.DIRECTORY is None:
         return
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

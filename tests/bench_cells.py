@@ -1,12 +1,14 @@
-"""A small cell and its record, for the tests of the benchmark."""
+"""A small cell, its record, and its bytes counted by hand, for the tests of the benchmark."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import pytest
 import reference
+import torch
 
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.record import Dtype, Layout, Record, WireBytes
@@ -37,6 +39,29 @@ def require_link(record: Record, speeds: Sequence[Mapping[str, Any]]) -> None:
     assert record.link_time_ratio == pytest.approx(
         record.total_us / (record.wire_bytes.nvlink / record.ceiling_gbs / 1e3), rel=0.05, abs=1e-3
     )
+
+
+def count_by_hand(cell: Cell, topk_idx: list[torch.Tensor], per_expert: bool) -> tuple[int, int, int]:
+    """Rows at the busiest rank: within nodes, between nodes, and received with own rows counted."""
+    near: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
+    far: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
+    logical: Counter[int] = Counter()
+    for source, idx in enumerate(topk_idx):
+        for experts in idx.tolist():
+            owners = [expert // cell.num_local_experts for expert in experts if expert >= 0]
+            for node in {owner // cell.ranks_per_node for owner in owners}:
+                writer = node * cell.ranks_per_node + source % cell.ranks_per_node
+                if writer != source:
+                    far["sent"][source] += 1
+                    far["received"][writer] += 1
+                for owner in owners if per_expert else set(owners):
+                    if owner // cell.ranks_per_node == node:
+                        logical[owner] += 1
+                        if owner != writer:
+                            near["sent"][writer] += 1
+                            near["received"][owner] += 1
+    most = [max([0, *counts["sent"].values(), *counts["received"].values()]) for counts in (near, far)]
+    return most[0], most[1], max([0, *logical.values()])
 
 
 def setting_of(cell: Cell, capacity: int) -> reference.Setting:

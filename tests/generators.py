@@ -60,6 +60,7 @@ class Case:
     expert_capacity: int | None = None
     num_slots: int = 2
     num_lanes: int = 1
+    staging_tokens: int | None = None  # of a source, that have room between nodes in one round; None for all at once
     num_sms: int | None = None
     stream: str = "own"
     network_seed: int | None = None  # CPU: disturbed traffic between nodes; others: delays before releases
@@ -117,6 +118,16 @@ class Case:
         most = self.num_ranks * self.max_tokens * (self.num_topk if self.routing == "repeated" else 1)
         return self.expert_capacity or most
 
+    @property
+    def staging_bytes(self) -> int | None:
+        """Room for two rounds of every stream, in and out."""
+        if self.staging_tokens is None:
+            return None
+        num_streams = max(self.num_ranks // self.ranks_per_node - 1, 1)
+        scale_bytes = -(-self.hidden // 128) * 4
+        row_bytes = 2 * self.hidden + -(-scale_bytes // 128) * 128 + 16 * self.num_topk
+        return 2 * 2 * num_streams * row_bytes * self.staging_tokens
+
     def buffer_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "hidden": self.hidden,
@@ -130,6 +141,7 @@ class Case:
             "layout": self.layout,
             "num_slots": self.num_slots,
             "num_lanes": self.num_lanes,
+            "staging_bytes": self.staging_bytes,
             "timeout_s": 30.0,
             "network_seed": self.network_seed,
         }
@@ -205,6 +217,7 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
         payload=payload,
         expert_alignment=draw(st.sampled_from([1, 4, 7])),
         num_slots=draw(st.integers(1, 3)),
+        staging_tokens=draw(st.none() | st.integers(1, 3)),
         num_sms=None if backend == "cpu" else draw(st.integers(1, 5)),
         stream="own" if backend == "cpu" else draw(st.sampled_from(["own", "current"])),
         network_seed=draw(st.none() | st.integers(0, 1000)),

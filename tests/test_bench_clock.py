@@ -12,6 +12,7 @@ from pool import Pool
 
 from deep_a2a.benchmark.ceiling import CopyCeiling
 from deep_a2a.benchmark.clock import Gate
+from deep_a2a.benchmark.launch import Launch
 from deep_a2a.benchmark.launcher import run_ranks
 
 
@@ -57,13 +58,6 @@ def double_on_rank_0(group: dist.ProcessGroup, value: int) -> int | None:
 
 
 def test_launcher() -> None:
-    assert run_ranks(double_on_rank_0, 21, 2) == 42
+    assert run_ranks(double_on_rank_0, 21, Launch(ranks_per_host=2)) == 42
     with pytest.raises(Exception, match="value is -1, and this is rank"):
-        run_ranks(double_on_rank_0, -1, 2)
-
-
-def test_launcher_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="num_ranks is 2, but torchrun started 3 ranks"):
-        run_ranks(double_on_rank_0, 21, 2)
+        run_ranks(double_on_rank_0, -1, Launch(ranks_per_host=2))

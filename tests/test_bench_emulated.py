@@ -100,8 +100,7 @@ def fail_behind_the_gate(group: dist.ProcessGroup) -> list[str]:
     """What a rank raises when rank 1 fails, and that the gate still works."""
     session = Session(group, "emulated")
     session.open()
-    gate = session.stream_gate
-    assert gate is not None
+    gate = session.fabrics[2].gate
 
     def fail(stream: int) -> None:
         if session.rank == 1:
@@ -127,8 +126,10 @@ def test_refused_cell_costs_only_itself(pools: Callable[[int], Pool], tmp_path: 
 
 def link_of_one_gpu(group: dist.ProcessGroup) -> str:
     session = Session(group, "emulated")
-    gate = session.renew_gate()
-    link = measure_link(gate, replace(session.place, num_gpus=1), 7168, [1])
+    session.open()
+    gate = session.fabrics[2].gate
+    meter: Any = gate.meter
+    link = measure_link(gate, meter, 1, replace(session.place, num_gpus=1), 7168, [1])
     session.close()
     assert link is not None
     return link.describe()
@@ -175,7 +176,7 @@ class Script:
 
 def order_of(group: dist.ProcessGroup, enqueue: Enqueue) -> tuple[list[str], float]:
     script: Any = Script()
-    gate = StreamGate(group, Place.of("emulated", dist.get_rank(group), 2), script)
+    gate = StreamGate(group, Place("emulated", torch.device("cpu"), None), script)
     gate._watch = script
     return script.lines, gate.measure(lambda stream: script.lines.append(f"operation on {stream}"), enqueue)
 
@@ -213,4 +214,4 @@ def test_command_of_suites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "gemm slower by" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["everything"])
-    assert "SUITE is 'everything'; expected one of targets, sweep, overlap" in capsys.readouterr().err
+    assert "SUITE is 'everything'; expected one of targets, sweep, overlap, nodes" in capsys.readouterr().err

@@ -129,17 +129,20 @@ def test_published_figures_have_sources() -> None:
 
 
 def test_table() -> None:
-    head, rule, first, second = format_table([RECORD, replace(RECORD, baseline=None, baseline_us=None)]).splitlines()
+    one_node = replace(RECORD, ranks_per_node=4)
+    head, rule, first, second = format_table(
+        [one_node, replace(one_node, baseline=None, baseline_us=None)]
+    ).splitlines()
     assert set(rule) == {"-", " "}
     for column, value in (("total us", "50.0"), ("baseline us", "200"), ("speed-up", "4.00"), ("GB/s", "80.00")):
         end = head.index(column) + len(column)
         assert first[:end].endswith(f" {value}"), column
-    assert "network 1.0 MB, shm 2.0 MB" in first and "2x2" in first
+    assert "network 1.0 MB, shm 2.0 MB" in first and "1x4" in first
     assert second.split()[-10:] == ["50.0", "-", "-", "4.0", "MB", "80.00", "-", "2.00", "50%", "yes"]
 
 
 def test_table_of_overlap() -> None:
-    operations, overlaps = format_table([RECORD, OVERLAP]).split("\n\n")
+    operations, overlaps = format_table([replace(RECORD, ranks_per_node=4), OVERLAP]).split("\n\n")
     assert "hidden" in overlaps and "hidden" not in operations
     assert overlaps.splitlines()[2].split()[-7:] == ["100", "106", "80", "110", "87.5%", "6.0%", "yes"]
 

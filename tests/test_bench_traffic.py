@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from bench_cells import DTYPES, LAYOUTS, SMALL
+from bench_cells import DTYPES, LAYOUTS, SMALL, count_by_hand
 from pool import Pool
 
 from deep_a2a import Buffer
@@ -19,29 +18,6 @@ from deep_a2a.benchmark.record import Dtype, Layout, WireBytes
 from deep_a2a.benchmark.traffic import combine_traffic, dispatch_traffic
 from deep_a2a.benchmark.workload import Workload
 from deep_a2a.routing import KINDS
-
-
-def count_by_hand(cell: Cell, topk_idx: list[torch.Tensor], per_expert: bool) -> tuple[int, int, int]:
-    """Rows at the busiest rank: within nodes, between nodes, and received with own rows counted."""
-    near: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
-    far: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
-    logical: Counter[int] = Counter()
-    for source, idx in enumerate(topk_idx):
-        for experts in idx.tolist():
-            owners = [expert // cell.num_local_experts for expert in experts if expert >= 0]
-            for node in {owner // cell.ranks_per_node for owner in owners}:
-                writer = node * cell.ranks_per_node + source % cell.ranks_per_node
-                if writer != source:
-                    far["sent"][source] += 1
-                    far["received"][writer] += 1
-                for owner in owners if per_expert else set(owners):
-                    if owner // cell.ranks_per_node == node:
-                        logical[owner] += 1
-                        if owner != writer:
-                            near["sent"][writer] += 1
-                            near["received"][owner] += 1
-    most = [max([0, *counts["sent"].values(), *counts["received"].values()]) for counts in (near, far)]
-    return most[0], most[1], max([0, *logical.values()])
 
 
 def test_rows_cross_to_a_gpu_once() -> None:

@@ -104,10 +104,18 @@ def count_bytes(group: dist.ProcessGroup, case: Case) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     ("backend", "topology"), [("cpu", "1x8"), ("cpu", "2x4"), ("cpu", "8x1"), ("emulated", "2x2"), ("emulated", "4x1")]
 )
-@pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
-def test_wire_bytes(pools: Callable[[int], Pool], backend: str, topology: str, layout: str, payload: str) -> None:
+@pytest.mark.parametrize(("payload", "staging_tokens"), [("bf16", None), ("bf16", 1), ("cast fp8_e4m3:float32", None)])
+def test_wire_bytes(
+    pools: Callable[[int], Pool],
+    backend: str,
+    topology: str,
+    layout: str,
+    payload: str,
+    staging_tokens: int | None,
+) -> None:
     """Rows cross as often as they have to, the network once per token and node. The first time routing comes along."""
     case = case_on(backend, topology=topology, layout=layout, hidden=2048, payload=payload, routing="sparse")
+    case = replace(case, staging_tokens=staging_tokens)
     topk_idx = [data.inputs(case, rank).topk_idx for rank in range(case.num_ranks)]
     row_bytes = 2 * 2048 if payload == "bf16" else 2048 + 4 * 16
     links = ("shm" if backend == "cpu" else "nvlink", "network")

@@ -26,6 +26,15 @@ CASES: dict[str, dict[str, Any]] = {
     "side, cached": {"side": True, "cached": True},
     "side, no tokens": {"side": True, "tokens": (0,) * 8},
     "side, nowhere": {"side": True, "routing": "nowhere"},
+    "side, rounds": {"side": True, "staging_tokens": 1, "cached": True},
+    "side, rounds of several chunks": {
+        "side": True,
+        "hidden": 4096,
+        "max_tokens": 50,
+        "staging_tokens": 20,
+        "tokens": (50, 49, 0, 20, 41, 50, 7, 1),
+        "network_seed": 2,
+    },
     "many experts per rank": {"local_experts": 16, "num_topk": 16},
     "one rank sums all": {"local_experts": 16, "num_topk": 16, "routing": "one_rank"},
     "one expert twice": {"routing": "repeated", "num_topk": 8, "local_experts": 2, "side": True},
@@ -132,10 +141,14 @@ def keep_handles(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]
 
 
 @on_usual_nodes
+@pytest.mark.parametrize("staging_tokens", [None, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_handles_alive(pools: Callable[[int], Pool], backend: str, topology: str, layout: str) -> None:
+def test_many_handles_alive(
+    pools: Callable[[int], Pool], backend: str, topology: str, layout: str, staging_tokens: int | None
+) -> None:
     """Handles own what they know: from forward to backward, over more dispatches than there are slots in between."""
     usual = case_on(backend, topology=topology, layout=layout, cached=True, output="owned", side=True)
+    usual = replace(usual, staging_tokens=staging_tokens)
     cases = [
         replace(usual, seed=seed, routing=routing)
         for seed, routing in enumerate(["uniform", "sparse", "one_rank", "nowhere", "uniform"])

@@ -18,6 +18,9 @@ import deep_a2a
 
 Errors = list[tuple[str, str]]
 
+# Of two nodes and SMALL's rows of 192 bytes: room for two rounds of one token, in and out.
+ROUNDS_OF_ONE = 768
+
 
 def overflow(group: dist.ProcessGroup, backend: str, settings: dict[str, Any]) -> Errors:
     rank, device, errors = dist.get_rank(group), device_of(backend), []
@@ -40,21 +43,23 @@ OVERFLOWS: dict[str, tuple[dict[str, int], str]] = {
 
 
 @on_backends
+@pytest.mark.parametrize("staging_bytes", [None, ROUNDS_OF_ONE])
 @pytest.mark.parametrize("layout", OVERFLOWS)
-def test_overflow(pools: Callable[[int], Pool], backend: str, layout: str) -> None:
+def test_overflow(pools: Callable[[int], Pool], backend: str, layout: str, staging_bytes: int | None) -> None:
     """On every rank, before a row moves; and again, and the buffer works in between."""
     limits, message = OVERFLOWS[layout]
-    for errors in pools(4).run(overflow, backend, {"layout": layout, **limits}):
+    settings = {"layout": layout, "staging_bytes": staging_bytes, **limits}
+    for errors in pools(4).run(overflow, backend, settings):
         for name, text in errors:
             assert name == "CapacityError" and re.fullmatch(message, text), (name, text)
 
 
 def send_bad_experts(
-    group: dist.ProcessGroup, backend: str, layout: str, bad: int, dtype: torch.dtype, host_sync: bool
+    group: dist.ProcessGroup, backend: str, settings: dict[str, Any], bad: int, dtype: torch.dtype, host_sync: bool
 ) -> Errors:
     rank, errors, device = dist.get_rank(group), [], device_of(backend)
     x = torch.ones(3, 16, dtype=torch.bfloat16, device=device)
-    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **{**SMALL, "layout": layout}) as buffer:
+    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **settings, **SMALL) as buffer:
 
         def dispatch(idx: torch.Tensor) -> None:
             result = buffer.dispatch(x, idx, host_sync=host_sync)
@@ -75,13 +80,15 @@ def send_bad_experts(
 
 @on_backends
 @pytest.mark.parametrize("host_sync", [True, False])
-@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize(
+    "settings", [{"layout": "rank"}, {"layout": "expert"}, {"layout": "rank", "staging_bytes": ROUNDS_OF_ONE}]
+)
 @pytest.mark.parametrize("bad", [16, -2, 2**31 - 1, 2**40])
 def test_expert_out_of_range(
-    pools: Callable[[int], Pool], backend: str, layout: str, bad: int, host_sync: bool
+    pools: Callable[[int], Pool], backend: str, settings: dict[str, Any], bad: int, host_sync: bool
 ) -> None:
     dtype = torch.int64 if bad >= 2**31 else torch.int32
-    for errors in pools(4).run(send_bad_experts, backend, layout, bad, dtype, host_sync):
+    for errors in pools(4).run(send_bad_experts, backend, settings, bad, dtype, host_sync):
         for bad_rank, (name, text) in enumerate(errors):
             assert name == "ValueError"
             assert re.match(rf"topk_idx\[1, 1\] of rank {bad_rank} is {bad}, expected -1 .* \[0, 16\)", text), text
@@ -108,6 +115,7 @@ DIFFERENT: dict[str, Any] = {
     "max_recv_rows": (None, 7),
     "num_slots": (2, 3),
     "num_lanes": (2, 1),
+    "staging_bytes": (None, ROUNDS_OF_ONE),
 }
 
 
@@ -129,13 +137,16 @@ def test_different_devices(pools: Callable[[int], Pool], name: str, usual: Any, 
         assert f"{name} is {usual!r} on rank 0 and {other!r} on rank 2" in text
 
 
-def disagree_in_dispatch(group: dist.ProcessGroup, backend: str, usual: str | None, other: str | None) -> Errors:
+def disagree_in_dispatch(
+    group: dist.ProcessGroup, backend: str, usual: str | None, other: str | None, staging_bytes: int | None
+) -> Errors:
     """Rank 1 quantizes differently: an error on all, and the buffer goes on."""
     device = device_of(backend)
     idx = torch.tensor([[0, 9]], device=device)
     x = torch.ones(1, 16, dtype=torch.bfloat16, device=device)
     quantize = other if dist.get_rank(group) == 1 else usual
-    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **SMALL) as buffer:
+    settings = {**SMALL, "staging_bytes": staging_bytes}
+    with deep_a2a.Buffer(group, network_seed=1, **place(backend, 2), **settings) as buffer:
         errors = [error_of(lambda: buffer.dispatch(x, idx, quantize=quantize)) for _ in range(2)]
         send_ones(buffer).release()
         send_ones(buffer).release()
@@ -143,6 +154,7 @@ def disagree_in_dispatch(group: dist.ProcessGroup, backend: str, usual: str | No
 
 
 @on_backends
+@pytest.mark.parametrize("staging_bytes", [None, ROUNDS_OF_ONE])
 @pytest.mark.parametrize(
     ("usual", "other", "message"),
     [
@@ -151,16 +163,16 @@ def disagree_in_dispatch(group: dist.ProcessGroup, backend: str, usual: str | No
     ],
 )
 def test_different_payloads(
-    pools: Callable[[int], Pool], backend: str, usual: str | None, other: str, message: str
+    pools: Callable[[int], Pool], backend: str, usual: str | None, other: str, message: str, staging_bytes: int | None
 ) -> None:
-    for errors in pools(4).run(disagree_in_dispatch, backend, usual, other):
+    for errors in pools(4).run(disagree_in_dispatch, backend, usual, other, staging_bytes):
         for name, text in errors:
             assert name == "MismatchError" and re.fullmatch(message, text), (name, text)
 
 
-def disagree_in_combine(group: dist.ProcessGroup, backend: str) -> Errors:
+def disagree_in_combine(group: dist.ProcessGroup, backend: str, staging_bytes: int | None) -> Errors:
     """Rank 1 alone brings a side payload: the rows cross in another format than the others expect."""
-    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
+    with deep_a2a.Buffer(group, staging_bytes=staging_bytes, **place(backend, 2), **SMALL) as buffer:
         result = send_ones(buffer)
         side = torch.zeros(result.topk_idx.shape, device=result.x.device) if buffer.rank == 1 else None
 
@@ -172,8 +184,9 @@ def disagree_in_combine(group: dist.ProcessGroup, backend: str) -> Errors:
 
 
 @on_backends
-def test_different_side(pools: Callable[[int], Pool], backend: str) -> None:
-    by_rank = pools(4).run(disagree_in_combine, backend)
+@pytest.mark.parametrize("staging_bytes", [None, ROUNDS_OF_ONE])
+def test_different_side(pools: Callable[[int], Pool], backend: str, staging_bytes: int | None) -> None:
+    by_rank = pools(4).run(disagree_in_combine, backend, staging_bytes)
     assert "MismatchError" in [errors[0][0] for errors in by_rank]
     for (name, text), after in by_rank:
         assert name in ("MismatchError", "PeerAbortError") and re.search("rank . .* was called differently", text), text

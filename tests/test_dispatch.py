@@ -59,6 +59,48 @@ CASES: dict[str, dict[str, Any]] = {
     "cached FP8": {"cached": True, "payload": "cast fp8_e4m3:float32"},
     "cached, sparse": {"cached": True, "routing": "sparse"},
     "one slot": {"num_slots": 1, "cached": True},
+    # Tokens between nodes in 8, 4 and 3 rounds, and in 150; streams that have rows in some rounds alone.
+    **{f"rounds of {tokens}": {"staging_tokens": tokens, "cached": True, "side": True} for tokens in (1, 2, 3)},
+    "rounds, no tokens anywhere": {"staging_tokens": 1, "tokens": (0,) * 8, "cached": True},
+    "rounds, tokens on one rank": {"staging_tokens": 1, "tokens": (0, 0, 0, 0, 0, 8, 0, 0), "cached": True},
+    "rounds, tokens on the first ranks": {"staging_tokens": 1, "tokens": (8, 8, 1, 0, 0, 0, 0, 0), "cached": True},
+    "rounds, one rank has all": {"staging_tokens": 2, "routing": "one_rank", "side": True},
+    "rounds, nowhere": {"staging_tokens": 1, "routing": "nowhere", "side": True},
+    "rounds, sparse, disturbed": {
+        "staging_tokens": 1,
+        "routing": "sparse",
+        "num_topk": 2,
+        "network_seed": 3,
+        "cached": True,
+    },
+    "rounds, disturbed": {"staging_tokens": 1, "tokens": (8,) * 8, "network_seed": 4, "cached": True, "side": True},
+    "rounds, repeated": {"staging_tokens": 3, "routing": "repeated"},
+    "rounds, FP8": {"staging_tokens": 2, "payload": "fp8_e5m2:ue8m0", "hidden": 272, "cached": True},
+    "rounds, FP8 cast": {"staging_tokens": 2, "payload": "cast fp8_e4m3:float32", "hidden": 272, "cached": True},
+    "rounds, FP8 cast, halves": {"staging_tokens": 1, "payload": "cast fp8_e4m3:ue8m0", "hidden": 272, "halves": True},
+    "rounds, fixed shapes": {"staging_tokens": 1, "host_sync": False, "cached": True},
+    "rounds, all modes": {
+        "staging_tokens": 1,
+        **dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
+    },
+    "rounds, owned, strided": {"staging_tokens": 2, "output": "owned", "strided": True, "async_op": True},
+    "rounds, many": {
+        "staging_tokens": 1,
+        "max_tokens": 150,
+        "tokens": (150, 149, 0, 1, 77, 150, 33, 2),
+        "hidden": 8,
+        "cached": True,
+    },
+    "rounds of several chunks": {
+        "staging_tokens": 12,
+        "max_tokens": 40,
+        "tokens": (40, 39, 0, 1, 40, 13, 25, 12),
+        "hidden": 7168,
+        "network_seed": 5,
+        "cached": True,
+        **FEW_EXPERTS,
+        "expert_capacity": 320,
+    },
     "all modes": dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
 }
 
@@ -71,9 +113,11 @@ def test_case(pools: Callable[[int], Pool], backend: str, topology: str, name: s
 
 
 @on_topologies()
-def test_topology(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
+@pytest.mark.parametrize("staging_tokens", [None, 1])
+def test_topology(pools: Callable[[int], Pool], backend: str, topology: str, staging_tokens: int | None) -> None:
+    usual = case_on(backend, topology=topology, staging_tokens=staging_tokens, cached=True)
     cases = [
-        case_on(backend, topology=topology, layout=layout, payload=payload, routing=routing, cached=True)
+        replace(usual, layout=layout, payload=payload, routing=routing)
         for layout in LAYOUTS
         for payload, routing in [("bf16", "uniform"), ("cast fp8_e4m3:float32", "sparse")]
     ]
@@ -89,10 +133,13 @@ def test_tight_capacity(pools: Callable[[int], Pool], backend: str, topology: st
 
 
 @on_usual_nodes
-def test_different_cases_in_one_buffer(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
+@pytest.mark.parametrize("staging_tokens", [None, 2])
+def test_different_cases_in_one_buffer(
+    pools: Callable[[int], Pool], backend: str, topology: str, staging_tokens: int | None
+) -> None:
     """What one dispatch leaves in the slots, flags and handles must not reach the next."""
     for layout in LAYOUTS:
-        case = case_on(backend, topology=topology, layout=layout)
+        case = case_on(backend, topology=topology, layout=layout, staging_tokens=staging_tokens)
         turns = [replace(case, payload=payload, seed=seed) for seed, payload in enumerate(PAYLOADS)]
         turns += [replace(case, routing=routing, seed=9) for routing in ROUTINGS if routing != "repeated"]
         turns += [replace(case, tokens=tokens, seed=10) for tokens in [(0,) * 8, (8,) * 8, (0, 8) * 4]]

@@ -68,6 +68,14 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert plan["dispatch"]["total_us"] == plan["dispatch"]["fixed_us"] + max(plan["dispatch"]["terms"].values())
 
 
+def test_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("--num-ranks 256 --topk-groups 4", capsys)
+    assert "between nodes in 7 rounds of 588 tokens; all at once would take 7.0 GiB" in printed
+    assert "us, rounds" in printed
+    printed = run(f"--num-ranks 256 --topk-groups 4 --staging-bytes {2**40}", capsys)
+    assert "rounds" not in printed
+
+
 def test_several_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     head, _, *lines = run("--num-ranks 64 2048 --topk-groups 4", capsys).splitlines()
     assert head.split()[:4] == ["ranks", "nodes", "experts", "ranks/token"]
@@ -100,6 +108,8 @@ def test_published(capsys: pytest.CaptureFixture[str]) -> None:
         ("--num-topk 33", "num_topk must be between 1 and 32, got 33"),
         ("--num-sms 0", "num_sms is 0, expected 1 or more"),
         ("--network-gbs nan", "network_gbs is nan, expected a positive number"),
+        ("--staging-bytes 0", "staging_bytes must be at least 1 or None, got 0"),
+        ("--staging-bytes 1000", "staging_bytes must be at least"),
         ("--slack 0.5", "slack is 0.5, expected a number of at least 1"),
         ("--dtype fp4", "invalid choice: 'fp4'"),
         ("--published --figures nowhere.json", "figures is nowhere.json, expected bench/results/published.json"),

@@ -66,6 +66,38 @@ def test_two_hops_by_hand() -> None:
     assert fast.terms["NVLink out"] == plan.dispatch.estimate.terms["NVLink out"]
 
 
+def test_rounds_by_hand() -> None:
+    """16 nodes stage 15 streams, in and out, of 14720 bytes a row; two of seven rounds have room at a time."""
+    usual = Workload(num_ranks=128)
+    tokens = 600
+    workload = replace(usual, staging_bytes=2 * 15 * 14720 * 2 * tokens)
+    plan, at_once = make_plan(workload), make_plan(replace(usual, staging_bytes=2 * 15 * 14720 * 4096))
+    assert (plan.staging.num_rounds, plan.staging.tokens_per_round) == (7, tokens)
+    assert (at_once.staging.num_rounds, at_once.staging.tokens_per_round) == (1, 4096)
+    lane_bytes = 2 * 15 * 14720 * 2 * tokens
+    assert lane_bytes * 2 <= plan.staging.num_bytes < lane_bytes * 2 + 4 * 256
+    assert plan.staging.unlimited_bytes == at_once.staging.num_bytes == at_once.staging.unlimited_bytes
+    assert plan.window.worst == deep_a2a.memory_table(
+        num_ranks=128, ranks_per_node=8, hidden=7168, num_experts=256, num_topk=8, num_max_tokens_per_rank=4096,
+        staging_bytes=workload.staging_bytes,
+    )  # fmt: skip
+    for op in ("dispatch", "combine"):
+        found, without = getattr(plan, op).estimate, getattr(at_once, op).estimate
+        assert found.terms == {**without.terms, "rounds": pytest.approx(3 * 2 * 8.35)}  # 0, 2, 4, 6
+        assert found.limit == "network out" and getattr(plan, op).traffic == getattr(at_once, op).traffic
+    # The first chunk of a round is all that it has for a node.
+    few = make_plan(replace(workload, num_tokens=64, staging_bytes=2 * 15 * 14720 * 2 * 4)).dispatch
+    stream_bytes = few.traffic.network_out / 15
+    assert few.estimate.fixed_us == pytest.approx(2 * 1.2 + 8.35 + stream_bytes / 16 / 47e3)
+
+
+def test_waits_of_rounds_can_be_the_limit() -> None:
+    one_at_a_time = Workload(num_ranks=16, num_tokens=200, staging_bytes=4 * 14720)
+    found = make_plan(one_at_a_time).dispatch.estimate
+    assert found.limit == "rounds" and found.terms["rounds"] == pytest.approx(99 * 2 * 8.35)
+    assert found.total_us == pytest.approx(99 * 2 * 8.35 + found.fixed_us)
+
+
 def test_every_sm_reads_the_counts() -> None:
     large = make_plan(Workload(num_ranks=2048, num_experts=2048, num_tokens=128), num_sms=8).dispatch.estimate
     assert large.limit == "counts"

@@ -76,6 +76,7 @@ def moved_bytes(group: dist.ProcessGroup, workload: Workload) -> list[dict[str, 
     with Buffer(
         group, hidden=workload.hidden, num_experts=workload.num_experts, num_topk=workload.num_topk,
         num_max_tokens_per_rank=workload.num_tokens, ranks_per_node=workload.ranks_per_node, layout=workload.layout,
+        staging_bytes=workload.staging_bytes,
     ) as buffer:  # fmt: skip
         idx = torch.arange(workload.num_topk).repeat(workload.num_tokens, 1)
         x = torch.randn(workload.num_tokens, workload.hidden, dtype=torch.bfloat16)
@@ -91,17 +92,18 @@ def moved_bytes(group: dist.ProcessGroup, workload: Workload) -> list[dict[str, 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("staging_bytes", [None, 9000])
 @pytest.mark.parametrize("ranks_per_node", [2, 3, 6])
 def test_bytes_of_the_cpu_backend(
-    pools: Callable[[int], Pool], ranks_per_node: int, dtype: Dtype, layout: LayoutName
+    pools: Callable[[int], Pool], ranks_per_node: int, dtype: Dtype, layout: LayoutName, staging_bytes: int | None
 ) -> None:
     """To the byte, with all headers: a token has one expert on each rank, so nothing is left to chance.
 
-    The backend does not count the count vectors that it stores on its own node.
+    Rounds add nothing. The backend does not count the count vectors that it stores on its own node.
     """
     workload = Workload(
         num_ranks=6, ranks_per_node=ranks_per_node, num_tokens=30, hidden=144, num_experts=6, num_topk=6, dtype=dtype,
-        layout=layout,
+        layout=layout, staging_bytes=staging_bytes,
     )  # fmt: skip
     spread = find_spread(workload)
     assert spread.ranks_per_token == pytest.approx(6)
@@ -132,7 +134,15 @@ def test_headers_fit_the_regions_of_the_native_module(hidden: int, num_topk: int
     assert sizes["recv_routes"] == 24 * 100 * wire.record_bytes(workload)
     assert sizes["counts"] == 24 * wire.count_vector_bytes(workload)
     rows_per_chunk = min(100, wire.CHUNK_BYTES // stream_row)
-    assert sizes["chunk_flag"] == 5 * -(-100 // rows_per_chunk) * 8
+    assert sizes["chunk_flag"] == 5 * -(-100 // rows_per_chunk) * 8 and sizes["chunk_credit"] == 0
+    staged = memory_table(
+        num_ranks=24, ranks_per_node=4, num_max_tokens_per_rank=100, hidden=hidden, num_experts=48, num_topk=num_topk,
+        layout=layout, staging_bytes=2 * 5 * 2 * 30 * stream_row,
+    )  # fmt: skip
+    sizes = {region.name: region.bytes_each for region in staged.regions}
+    assert sizes["net_in"] == 5 * 2 * 30 * stream_row
+    chunks_per_round = -(-30 // min(30, wire.CHUNK_BYTES // stream_row))
+    assert sizes["chunk_flag"] == sizes["chunk_credit"] == 5 * 4 * chunks_per_round * 8
 
 
 def test_rows_by_hand() -> None:

@@ -33,6 +33,7 @@ def random_buffer(backend: str, seed: int) -> Case:
         network_seed=numbers.choice([None, seed]),
     )
     case = replace(case, num_topk=numbers.randint(1, min(8, case.num_experts)))
+    case = replace(case, staging_tokens=numbers.choice([None, 1, 1, 2, 3]))
     if backend == "cpu":
         return case
     return replace(case, num_sms=numbers.choice([1, 2, 3, 5]), stream=numbers.choice(["own", "current"]))

@@ -37,26 +37,30 @@ void bind_shape(py::module_& m) {
   py::class_<da::Shape>(m, "Shape")
       .def(py::init([](int num_ranks, int ranks_per_node, da::Layout layout, int hidden, int num_experts, int num_topk,
                        int max_tokens, int expert_alignment, int64_t expert_capacity, int64_t max_recv_rows,
-                       int num_slots, int num_lanes) {
-             const da::Shape shape{{num_ranks, ranks_per_node},
-                                   layout,
-                                   hidden,
-                                   num_experts,
-                                   num_topk,
-                                   max_tokens,
-                                   expert_alignment,
-                                   expert_capacity,
-                                   max_recv_rows,
-                                   num_slots,
-                                   num_lanes};
+                       int num_slots, int num_lanes, int64_t staging_bytes) {
+             da::Shape shape{{num_ranks, ranks_per_node},
+                             layout,
+                             hidden,
+                             num_experts,
+                             num_topk,
+                             max_tokens,
+                             expert_alignment,
+                             expert_capacity,
+                             max_recv_rows,
+                             num_slots,
+                             num_lanes};
              da::validate(shape);
+             shape.round_tokens = da::round_tokens_for(shape, staging_bytes);
              return shape;
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("ranks_per_node"), py::arg("layout"), py::arg("hidden"),
            py::arg("num_experts"), py::arg("num_topk"), py::arg("max_tokens"), py::arg("expert_alignment"),
-           py::arg("expert_capacity"), py::arg("max_recv_rows"), py::arg("num_slots"), py::arg("num_lanes"))
+           py::arg("expert_capacity"), py::arg("max_recv_rows"), py::arg("num_slots"), py::arg("num_lanes"),
+           py::arg("staging_bytes") = 0)
       .def_property_readonly("slot_rows", &da::Shape::slot_rows)
       .def_property_readonly("slot_rank_rows", &da::Shape::slot_rank_rows)
+      .def_property_readonly("num_rounds", &da::Shape::num_rounds)
+      .def_property_readonly("tokens_per_round", &da::Shape::tokens_per_round)
       .def_property_readonly("num_local_experts", &da::Shape::num_local_experts)
       .def_property_readonly("window_bytes", [](const da::Shape& s) { return da::make_layout(s).bytes; });
 
@@ -223,6 +227,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU backend of deep_a2a: the protocol over shared memory.";
   da::bind_errors();
   m.attr("SCALE_ALIGNMENT") = da::kScaleAlignment;
+  m.attr("STAGED_ROUNDS") = da::kStagedRounds;
   bind_shape(m);
   bind_window(m);
   bind_received(m);

@@ -175,9 +175,11 @@ void bind_rank(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<cuda::Rank>(m, "Rank", py::module_local())
       .def(py::init<const da::Shape&, int, int, std::vector<std::shared_ptr<cuda::Window>>, const std::vector<int>&,
-                    double, std::optional<uint64_t>>(),
+                    std::vector<std::shared_ptr<cuda::Window>>, double, std::optional<uint64_t>>(),
            py::kw_only(), py::arg("shape"), py::arg("rank"), py::arg("device"), py::arg("windows"),
-           py::arg("rail_pes") = std::vector<int>{}, py::arg("timeout_s"), py::arg("delay_seed") = py::none())
+           py::arg("rail_pes") = std::vector<int>{},
+           py::arg("rail_windows") = std::vector<std::shared_ptr<cuda::Window>>{}, py::arg("timeout_s"),
+           py::arg("delay_seed") = py::none())
       .def_property_readonly("num_sms", &cuda::Rank::num_sms)
       .def("source_bytes", &cuda::Rank::source_bytes, py::arg("num_tokens"))
       .def("relay_bytes", &cuda::Rank::relay_bytes)

@@ -21,12 +21,17 @@ Combine::Combine(Transport& transport, const CombineArgs& args, std::shared_ptr<
 void Combine::send(const Turn& turn) {
   c0_credit(turn);
   c1_ready(turn);
-  c3_relay(turn);
+  if (shape_.topology.num_peer_nodes() > 0) c2_wait_ready(turn, Step::kC3Relay);
+  for (int round = 0; round < std::min(kStagedRounds, shape_.num_rounds()); ++round) c3_relay(turn, round);
 }
 
 void Combine::receive(const Turn& turn) {
   c2_wait_ready(turn, Step::kC2Gather);
-  c2_c4_sum(turn);
+  for (int round = 0; round < shape_.num_rounds(); ++round) {
+    c2_c4_sum(turn, round);
+    c4_round_end(turn, round);
+    if (is_filled_again(shape_, round)) c3_relay(turn, round + kStagedRounds);
+  }
   c5_credit_returned(turn);
   give_lane_credit(transport_, turn);
 }
@@ -110,15 +115,15 @@ void Combine::gather_side(const Turn& turn, const RouteEntry* entries, float* si
   }
 }
 
-void Combine::c3_relay(const Turn& turn) {
-  const int streams = shape_.topology.num_peer_nodes();
-  if (streams > 0) c2_wait_ready(turn, Step::kC3Relay);
-  for (int stream = 0; stream < streams; ++stream) {
-    const std::vector<RouteEntry>& routes = handle_->relay_routes[stream];
-    const int num_rows = static_cast<int>(routes.size()) / shape_.num_topk;
-    OutStream out(transport_, turn, stream, tag_, stream_row_.bytes, num_rows);
-    for (int row = 0; row < num_rows; ++row) {
-      const RouteEntry* entries = &routes[static_cast<size_t>(row) * shape_.num_topk];
+void Combine::c3_relay(const Turn& turn, int round) {
+  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
+    if (round >= kStagedRounds) {
+      wait_chunk_credit(transport_, turn, Step::kC3Relay, stream, round - kStagedRounds, 1);
+    }
+    const RoundStarts& starts = handle_->relay_round_starts[stream];
+    OutRound out(transport_, turn, stream, round, tag_, stream_row_.bytes, round_rows(starts, round));
+    for (int row = starts[round]; row < starts[round + 1]; ++row) {
+      const RouteEntry* entries = &handle_->relay_routes[stream][static_cast<size_t>(row) * shape_.num_topk];
       const NodeRows terms = gather(turn, entries);
       add_rows({terms.rows, terms.count, 0, terms.count}, reinterpret_cast<uint16_t*>(out.next_row()), shape_.hidden);
       if (args_.with_side) {
@@ -129,22 +134,30 @@ void Combine::c3_relay(const Turn& turn) {
   }
 }
 
-// C4: the partial row that a node sent back, once its chunk has arrived.
-const uint16_t* Combine::stream_row(const Turn& turn, int stream, int row) {
-  const int chunk = row / rows_per_chunk(shape_);
-  for (; chunks_seen_[stream] <= chunk; ++chunks_seen_[stream]) {
-    transport_.wait_tagged(turn, chunk_word(transport_, turn, stream, chunks_seen_[stream]), tag_,
+void Combine::c4_wait_chunks(const Turn& turn, int stream, int round, int end_chunk) {
+  for (; chunks_seen_[stream] < end_chunk; ++chunks_seen_[stream]) {
+    transport_.wait_tagged(turn, chunk_word(transport_, turn, stream, round, chunks_seen_[stream]), tag_,
                            {Step::kC4AddNodes, transport_.rail_peer(stream)});
   }
-  const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
-  return reinterpret_cast<const uint16_t*>(in + stream_offset(shape_, stream) + row * stream_row_.bytes);
 }
 
-// For each token: the rows of the own node (C2) and the partial rows of the others (C4), nodes ascending.
-void Combine::c2_c4_sum(const Turn& turn) {
+// C4: the partial row that a node sent back, once its chunk has arrived.
+const uint16_t* Combine::stream_row(const Turn& turn, int stream, int round, int row) {
+  const int row_of_round = row - handle_->round_starts[stream][round];
+  c4_wait_chunks(turn, stream, round, row_of_round / rows_per_chunk(shape_) + 1);
+  const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
+  return reinterpret_cast<const uint16_t*>(in + round_offset(shape_, stream, round, stream_row_.bytes) +
+                                           row_of_round * stream_row_.bytes);
+}
+
+// For each token of the round: the rows of the own node (C2) and the partial rows of the others (C4), nodes ascending.
+void Combine::c2_c4_sum(const Turn& turn, int round) {
   const int topk = shape_.num_topk;
   auto* out = static_cast<uint16_t*>(args_.out);
-  for (int token = 0; token < handle_->num_tokens; ++token) {
+  const int first_token = round * shape_.tokens_per_round();
+  const int end_token = std::min(first_token + shape_.tokens_per_round(), handle_->num_tokens);
+  std::fill(chunks_seen_.begin(), chunks_seen_.end(), 0);
+  for (int token = first_token; token < end_token; ++token) {
     const RouteEntry* entries = &handle_->routes[static_cast<size_t>(token) * topk];
     const int32_t* stream_rows = &handle_->stream_rows[static_cast<size_t>(token) * topk];
     float* side = args_.with_side ? args_.side_out + int64_t{token} * topk : nullptr;
@@ -163,7 +176,7 @@ void Combine::c2_c4_sum(const Turn& turn) {
       if (stream_rows[slot] < 0) continue;
       const int node = shape_.node_of_expert(entries[slot].expert);
       const int stream = shape_.topology.stream_idx(transport_.node(), node);
-      const uint16_t* row = stream_row(turn, stream, stream_rows[slot]);
+      const uint16_t* row = stream_row(turn, stream, round, stream_rows[slot]);
       if (side != nullptr) {
         side[slot] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(row) + stream_row_.side_offset)[slot];
       }
@@ -184,6 +197,14 @@ void Combine::c2_c4_sum(const Turn& turn) {
     const int own_end = count;
     for (; next < num_partials; ++next) terms[count++] = partials[next].row;
     add_rows({terms, count, own_begin, own_end}, out + int64_t{token} * shape_.hidden, shape_.hidden);
+  }
+}
+
+// The tokens have asked for every row, so what is left to see is the chunk of a stream that has none in this round.
+void Combine::c4_round_end(const Turn& turn, int round) {
+  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
+    c4_wait_chunks(turn, stream, round, num_chunks(shape_, round_rows(handle_->round_starts[stream], round)));
+    if (is_filled_again(shape_, round)) give_chunk_credit(transport_, turn, stream, round, 0);
   }
 }
 

@@ -14,9 +14,9 @@ class Combine {
  public:
   Combine(Transport& transport, const CombineArgs& args, std::shared_ptr<const Handle> handle);
 
-  // C0, C1 and C3: after it, the rows of this rank are readable and everything for other nodes is on its way.
+  // C0, C1 and C3 of the rounds that have room: after it, the rows of this rank are readable.
   void send(const Turn& turn);
-  // C2, C4 and C5: returns when the result is complete and the rows may be overwritten.
+  // C2, C4 and C5, and C3 of the other rounds: returns when the result is complete and the rows may be overwritten.
   void receive(const Turn& turn);
 
  private:
@@ -31,11 +31,13 @@ class Combine {
   void c1b_own_rows(const Turn& turn);
   void c1_side(const Turn& turn);
   void c2_wait_ready(const Turn& turn, Step step);
-  void c3_relay(const Turn& turn);
-  void c2_c4_sum(const Turn& turn);
+  void c3_relay(const Turn& turn, int round);
+  void c2_c4_sum(const Turn& turn, int round);
+  void c4_round_end(const Turn& turn, int round);
   void c5_credit_returned(const Turn& turn);
 
-  const uint16_t* stream_row(const Turn& turn, int stream, int row);
+  const uint16_t* stream_row(const Turn& turn, int stream, int round, int row);
+  void c4_wait_chunks(const Turn& turn, int stream, int round, int end_chunk);
   NodeRows gather(const Turn& turn, const RouteEntry* entries) const;
   // Side values of the slots whose experts are on this node, from the ranks that hold them.
   void gather_side(const Turn& turn, const RouteEntry* entries, float* side) const;
@@ -48,7 +50,7 @@ class Combine {
   const std::shared_ptr<const Handle> handle_;
   const uint32_t tag_;
   const StreamRow stream_row_;
-  std::vector<int> chunks_seen_;  // by stream: chunks known to have arrived
+  std::vector<int> chunks_seen_;  // by stream: chunks of the round known to have arrived
 };
 
 }  // namespace deep_a2a::cpu

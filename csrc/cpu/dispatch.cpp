@@ -44,7 +44,7 @@ void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
     d1_count();
     d2_exchange(turn);
   }
-  d4_send_nodes(turn);
+  for (int round = 0; round < std::min(kStagedRounds, shape_.num_rounds()); ++round) d4_send_nodes(turn, round);
   if (!cached_) {
     d2_relay(turn);
     d3_bases(turn);
@@ -53,13 +53,15 @@ void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {
   on_counts();
   d0_slot_credit(turn);
   d4_send_own_node(turn);
-  counts_ = {};  // a handle keeps this object alive
-  cast_rows_ = {};
+  // A handle keeps this object alive. Rounds that are still to be sent are read from the rows made by a cast.
+  counts_ = {};
+  if (!is_filled_again(shape_, 0)) cast_rows_ = {};
 }
 
 void Dispatch::receive(const Turn& turn, const OwnedOutput& owned, const ColumnScales& columns) {
   d5_relay(turn);
   bases_.reset();
+  cast_rows_ = {};
   d6_arrival(turn);
   if (owned.rows != nullptr) slot_.copy_out(handle_->received, owned, args_.zero_padding);
   finish(turn);
@@ -113,9 +115,12 @@ void Dispatch::d3_bases(const Turn& turn) {
   }
   const AllCounts counts(shape_, transport_.region(transport_.rank(), Region::kCounts, turn.lane));
   handle_->relay_routes.resize(static_cast<size_t>(shape_.topology.num_peer_nodes()));
+  handle_->relay_round_starts.assign(static_cast<size_t>(shape_.topology.num_peer_nodes()),
+                                     RoundStarts(static_cast<size_t>(shape_.num_rounds()) + 1, 0));
   for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
     const int rows = counts.of(transport_.rail_peer(stream)).node_rows[transport_.node()];
     handle_->relay_routes[stream].resize(static_cast<size_t>(rows) * shape_.num_topk);
+    handle_->relay_round_starts[stream].back() = rows;
   }
   const Verdict verdict = agree(shape_, counts);
   if (verdict.refusal) refuse(turn, verdict);
@@ -129,9 +134,10 @@ void Dispatch::d3_bases(const Turn& turn) {
 // Every rank comes here with the same verdict. What is on its way to this rank as a relay is waited for and dropped;
 // the slot counts as used and released, in its turn.
 void Dispatch::refuse(const Turn& turn, const Verdict& verdict) {
-  drain_streams(
-      transport_, turn, Step::kD5Relay, std::nullopt, [&](int stream) { return num_relay_rows(stream); },
-      [](int, int, int) {});
+  for (int round = 0; round < std::min(kStagedRounds, shape_.num_rounds()); ++round) {
+    std::vector<int> rows = relay_rows(round);
+    drain_round(transport_, turn, Step::kD5Relay, std::nullopt, round, rows, [](int, int, int, int) {});
+  }
   finish(turn);
   if (verdict.slots_disagree) {
     settled_ = true;
@@ -165,73 +171,11 @@ Row Dispatch::input_row(int token) const {
           scales != nullptr ? scales + token * args_.scales_pitch : nullptr};
 }
 
-void Dispatch::d4_send_nodes(const Turn& turn) {
-  const int topk = shape_.num_topk;
-  std::vector<OutStream> streams;
-  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
-    streams.emplace_back(transport_, turn, stream, tag_, stream_row_.bytes,
-                         handle_->node_rows[shape_.topology.stream_node(transport_.node(), stream)]);
-  }
-  if (streams.empty()) return;
-  for (int token = 0; token < args_.num_tokens; ++token) {
-    const size_t first = static_cast<size_t>(token) * topk;
-    for (int slot = 0; slot < topk; ++slot) {
-      const int32_t row = handle_->stream_rows[first + slot];
-      if (row < 0) continue;
-      const int to_node = shape_.node_of_expert(handle_->routes[first + slot].expert);
-      const int stream = shape_.topology.stream_idx(transport_.node(), to_node);
-      if (row < streams[stream].num_written()) continue;  // an earlier slot of this token went there too
-      char* to = streams[stream].next_row();
-      const Row input = input_row(token);
-      std::memcpy(to, input.payload, static_cast<size_t>(args_.format.payload_bytes));
-      if (input.scales != nullptr) {
-        std::memcpy(to + stream_row_.side_offset, input.scales, static_cast<size_t>(args_.format.scale_bytes));
-      }
-      if (!cached_) {
-        auto* routes = reinterpret_cast<RouteEntry*>(to + stream_row_.routes_offset);
-        for (int k = 0; k < topk; ++k) {
-          routes[k] = handle_->routes[first + k];
-          if (routes[k].expert >= 0 && shape_.node_of_expert(routes[k].expert) != to_node) routes[k].expert = -1;
-        }
-      }
-      streams[stream].row_written();
-    }
-  }
-}
-
 void Dispatch::d4_send_own_node(const Turn& turn) {
   for (int token = 0; token < args_.num_tokens; ++token) {
     slot_.place(&handle_->routes[static_cast<size_t>(token) * shape_.num_topk], input_row(token), !cached_);
   }
   transport_.signal_node(turn, Region::kSentFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));
-}
-
-int Dispatch::num_relay_rows(int stream) const {
-  return static_cast<int>(handle_->relay_routes[stream].size()) / shape_.num_topk;
-}
-
-void Dispatch::d5_relay(const Turn& turn) {
-  if (shape_.topology.num_peer_nodes() == 0) return;
-  const char* in = transport_.region(transport_.rank(), Region::kNetIn, turn.lane);
-  drain_streams(
-      transport_, turn, Step::kD5Relay, tag_, [&](int stream) { return num_relay_rows(stream); },
-      [&](int stream, int first_row, int end_row) {
-        const int source = transport_.rail_peer(stream);
-        for (int64_t row = first_row; row < end_row; ++row) {
-          const char* from = in + stream_offset(shape_, stream) + row * stream_row_.bytes;
-          RouteEntry* routes = &handle_->relay_routes[stream][static_cast<size_t>(row) * shape_.num_topk];
-          if (!cached_) {
-            std::memcpy(routes, from + stream_row_.routes_offset,
-                        sizeof(RouteEntry) * static_cast<size_t>(shape_.num_topk));
-            for (int slot = 0; slot < shape_.num_topk; ++slot) {
-              if (routes[slot].expert >= 0) bases_->apply(source, routes[slot]);
-            }
-          }
-          slot_.place(routes, {from, args_.format.scale_bytes > 0 ? from + stream_row_.side_offset : nullptr},
-                      !cached_);
-        }
-      });
-  transport_.signal_node(turn, Region::kRelayedFlag, transport_.local_rank(), Tag::word(turn.epoch, tag_));
 }
 
 void Dispatch::d6_arrival(const Turn& turn) {

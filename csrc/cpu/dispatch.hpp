@@ -22,10 +22,11 @@ class Dispatch {
   Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
            std::shared_ptr<Received> result, uint64_t slot_use);
 
-  // D0 to D4. Calls `on_counts` once the sizes of the result are known. Throws if the dispatch is refused: then
-  // everything of it is settled, on every rank, and receive() must not follow.
+  // D0 to D4, of the rounds that have room. Calls `on_counts` once the sizes of the result are known. Throws if the
+  // dispatch is refused: then everything of it is settled, on every rank, and receive() must not follow.
   void send(const Turn& turn, const std::function<void()>& on_counts);
-  // D5 to D7: returns when every row has arrived, and has been copied where the result is owned.
+  // D5 to D7, and D4 of the other rounds: returns when every row has arrived, and has been copied where the result is
+  // owned.
   void receive(const Turn& turn, const OwnedOutput& owned, const ColumnScales& columns);
   // Gives the slot back to the ranks that write into it.
   void release(const Turn& turn);
@@ -38,16 +39,19 @@ class Dispatch {
   void d2_relay(const Turn& turn);
   void d3_bases(const Turn& turn);
   void d4_cast();
-  void d4_send_nodes(const Turn& turn);
+  void d4_send_nodes(const Turn& turn, int round);
   void d4_send_own_node(const Turn& turn);
   void d5_relay(const Turn& turn);
+  void d5_relay_round(const Turn& turn, int round);
+  void relay_row(int source, const char* row, RouteEntry* routes);
   void d6_arrival(const Turn& turn);
   void finish(const Turn& turn);
   void d7_column_scales(const ColumnScales& columns);
   void refuse(const Turn& turn, const Verdict& verdict);
 
   Row input_row(int token) const;
-  int num_relay_rows(int stream) const;
+  // Rows that each rail peer sends in a round; -1 where its first chunk will tell.
+  std::vector<int> relay_rows(int round) const;
 
   Transport& transport_;
   const Shape& shape_;

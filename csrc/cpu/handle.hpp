@@ -23,17 +23,22 @@ struct Received {
   std::vector<int32_t> expert_load;      // [num_experts], all ranks together
 };
 
+// Which rows of a stream its rounds have: [num_rounds + 1] first rows, and the end of the last round.
+using RoundStarts = std::vector<int32_t>;
+inline int round_rows(const RoundStarts& starts, int round) { return starts[round + 1] - starts[round]; }
+
 struct Handle {
   // Source: [num_tokens, num_topk]. Rows of entries for the own node are final, those for other nodes are places.
   int num_tokens = 0;
   std::vector<RouteEntry> routes;
-  std::vector<int32_t> stream_rows;  // the token's row in the stream to the slot's node; -1: own node or no expert
-  std::vector<int32_t> node_rows;    // [num_nodes] rows sent to each node
+  std::vector<int32_t> stream_rows;       // the token's row in the stream to the slot's node; -1: own node or no expert
+  std::vector<RoundStarts> round_starts;  // by stream
 
   Received received;
 
   // Relay: by stream, [rows of the stream, num_topk] with final rows.
   std::vector<std::vector<RouteEntry>> relay_routes;
+  std::vector<RoundStarts> relay_round_starts;
 };
 
 }  // namespace deep_a2a::cpu

@@ -21,6 +21,23 @@ int first_slot_of(const RouteEntry* entries, int slot, Class&& class_of) {
   return slot;
 }
 
+// Rows ascend with the tokens, so a round ends behind the last row of its tokens.
+std::vector<RoundStarts> find_rounds(const Shape& s, int node, const Handle& handle) {
+  std::vector<RoundStarts> starts(static_cast<size_t>(s.topology.num_peer_nodes()),
+                                  RoundStarts(static_cast<size_t>(s.num_rounds()) + 1, 0));
+  for (size_t entry = 0; entry < handle.stream_rows.size(); ++entry) {
+    if (handle.stream_rows[entry] < 0) continue;
+    const int round = static_cast<int>(entry / s.num_topk) / s.tokens_per_round();
+    const int stream = s.topology.stream_idx(node, s.node_of_expert(handle.routes[entry].expert));
+    int32_t& end = starts[stream][round + 1];
+    end = std::max(end, handle.stream_rows[entry] + 1);
+  }
+  for (RoundStarts& stream : starts) {
+    for (size_t round = 1; round < stream.size(); ++round) stream[round] = std::max(stream[round], stream[round - 1]);
+  }
+  return starts;
+}
+
 }  // namespace
 
 void count_tokens(const Shape& s, int node, const DispatchArgs& args, uint32_t tag, Handle& handle,
@@ -62,7 +79,7 @@ void count_tokens(const Shape& s, int node, const DispatchArgs& args, uint32_t t
       stream_rows[slot] = same_node < slot ? stream_rows[same_node] : counts.node_rows[to_node]++;
     }
   }
-  handle.node_rows.assign(counts.node_rows, counts.node_rows + s.topology.num_nodes());
+  handle.round_starts = find_rounds(s, node, handle);
 }
 
 Bases::Bases(const Shape& s, int node, const AllCounts& counts)

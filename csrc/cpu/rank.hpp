@@ -15,7 +15,9 @@ namespace deep_a2a::cpu {
 
 // The two halves of an operation, launched apart or one after the other.
 struct Halves {
-  std::shared_ptr<Event> sent;      // the input may be overwritten, unless lent: peers read lent rows until received
+  // The input may be overwritten, unless lent: peers read lent rows until received. A dispatch of more than two rounds
+  // reads its input until received.
+  std::shared_ptr<Event> sent;
   std::shared_ptr<Event> received;  // the output may be read; null until receive was launched
 };
 

@@ -100,10 +100,10 @@ void Transport::wait_any(const Turn& turn, const std::vector<Condition>& conditi
     const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - start;
     if (waited >= timeout_) {
       const Condition& first = conditions.front();
-      const int shift = first.tagged ? Tag::kBits : 0;
+      const auto epoch_of = [&](uint64_t word) { return first.tagged ? Tag::epoch_of(word) : word; };
       const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(waited).count();
       give_up({Fault::kTimeout, first.awaited.step, rank_, first.awaited.peer, turn.lane, static_cast<uint32_t>(ms),
-               turn.epoch, first.expected >> shift, load_acquire(first.word) >> shift});
+               turn.epoch, epoch_of(first.expected), epoch_of(load_acquire(first.word))});
     }
     bell->sleep(rings, std::min(timeout_ - waited, kLongestSleep).count());
   }

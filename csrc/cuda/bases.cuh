@@ -216,7 +216,9 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
     for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
       const Stream stream = stream_of(c, idx);
       t.source.stream_counts[idx] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).node_rows + stream.node);
-      t.relay.counts[idx] = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
+      if (c.shape.num_rounds() == 1) {
+        t.relay.round_rows[idx] = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
+      }
     }
   }
 }

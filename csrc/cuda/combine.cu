@@ -31,15 +31,20 @@ __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
   return true;
 }
 
-// The same with several: step after step.
+// The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
   NodeSums sums(c, t);
   const bool sends = t.half != Half::kReceive;
   if (sends && !make_ready(c, t, [&] { sums.own_rows(); })) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
   ptx::fence_proxy_async_global();  // as above
-  if (sends) sums.relay_rows();
-  return all_of_block(t.half == Half::kSend || sums.tokens());
+  const int rounds = c.shape.num_rounds();
+  for (int round = 0; sends && round < min(rounds, kStagedRounds); ++round) sums.relay_rows(round);
+  for (int round = 0; t.half != Half::kSend && round < rounds; ++round) {
+    sums.tokens(round);
+    if (round + kStagedRounds < rounds) sums.relay_rows(round + kStagedRounds);
+  }
+  return all_of_block(!sums.aborted());
 }
 
 __device__ bool sum_rows(const Context& c, const CombineTask& t) {

@@ -80,7 +80,7 @@ __device__ void for_rank_places(const Context& c, const DispatchArgs& args, Rang
       __syncwarp();
       if (lane_idx() == 0) stream_count = before + __popc(lanes);
       __syncwarp();
-      if (token < tokens.end) use_stream(token, node, wanted != 0 ? before + __popc(lanes & lanes_below()) : -1);
+      if (token < tokens.end) use_stream(token, node, before + __popc(lanes & lanes_below()), wanted != 0);
     }
   }
   __syncwarp();
@@ -164,7 +164,7 @@ __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, c
     const Range tokens = tokens_of_warp(t.args.num_tokens, t.plan);
     for_rank_places(
         c, t.args, tokens, arena.rank_rows + warp_idx() * c.num_ranks(),
-        arena.stream_rows + warp_idx() * num_streams(c), [](int, int, int, int32_t) {}, [](int, int, int32_t) {});
+        arena.stream_rows + warp_idx() * num_streams(c), [](int, int, int, int32_t) {}, [](int, int, int32_t, bool) {});
     if (c.shape.row_per_expert()) {
       for_expert_places(c, t.args, tokens, arena.expert_rows + warp_idx() * c.shape.num_experts,
                         [&](int entry, int expert, int32_t) { t.source.experts[entry] = expert; });
@@ -300,10 +300,12 @@ __device__ inline void d1_place(const Context& c, const DispatchTask& t, const C
             keep_slot_places(c, t, token, node, local, place);
           }
         },
-        [&](int token, int node, int32_t place) {
+        [&](int token, int node, int32_t row, bool wanted) {
           const int64_t stream = c.shape.topology.stream_idx(c.own_node(), node);
-          t.source.stream_rows[int64_t{token} * num_streams(c) + stream] = place;
-          if (place >= 0) t.source.stream_tokens[stream * t.args.num_tokens + place] = token;
+          t.source.stream_rows[int64_t{token} * num_streams(c) + stream] = wanted ? row : -1;
+          if (wanted) t.source.stream_tokens[stream * t.args.num_tokens + row] = token;
+          const int rounds = c.shape.num_rounds(), round = rounds > 1 ? token / c.shape.round_tokens : 0;
+          if (token == round * c.shape.round_tokens) t.source.round_starts[stream * rounds + round] = row;
         });
     if (c.shape.row_per_expert()) {
       for_expert_places(c, t.args, tokens, arena.expert_rows + warp_idx() * c.shape.num_experts,

@@ -16,7 +16,8 @@ enum class Course : int {
 __device__ inline void begin(const Context& c, Half half) {
   init_barriers(c.shared.barriers, kMaxBarriers);
   for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
-  if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = 0;
+  for (int i = threadIdx.x; num_streams(c) > 0 && i < c.shape.num_rounds(); i += blockDim.x) c.shared.rounds[i] = 0;
+  if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = 0;
   if (blockIdx.x == 0 && threadIdx.x == 0 && half != Half::kReceive) *c.own_word(Region::kProgress, 0) = c.epoch;
   __syncthreads();
 }
@@ -31,9 +32,9 @@ __device__ inline void count_wire_bytes(const Context& c, const SourceHandle& so
 // The last block: the lane is ready for the next launch. Nobody else looks at its memory any more.
 __device__ inline void end(const Context& c) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  c.control.epoch = c.epoch;
-  c.control.grid = {};
+  auto* counters = reinterpret_cast<uint32_t*>(&c.control.grid);
+  for (unsigned i = threadIdx.x; i < sizeof(c.control.grid) / sizeof(*counters); i += blockDim.x) counters[i] = 0;
+  if (threadIdx.x == 0) c.control.epoch = c.epoch;
 }
 
 }  // namespace deep_a2a::cuda

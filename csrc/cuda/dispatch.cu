@@ -2,9 +2,9 @@
 #include "cuda/bases.cuh"
 #include "cuda/course.cuh"
 #include "cuda/kernels.cuh"
-#include "cuda/nodes.cuh"
 #include "cuda/pull.cuh"
 #include "cuda/push.cuh"
+#include "cuda/relay.cuh"
 
 namespace deep_a2a::cuda {
 namespace {
@@ -57,8 +57,9 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
       ok = ok && wait(c, c.own_word(Region::kCountsFlag, c.team.rank), c.epoch, Step::kD2Exchange, c.team.rank);
     }
     if (!all_of_block(ok)) return false;
-    d4_send_nodes(c, t);
-    return t.cached || all_of_block(d2_relay(c));
+    ok = t.cached || d2_relay(c);
+    d4_send_first_rounds(c, t);
+    return all_of_block(ok);
   }
   return true;
 }
@@ -98,6 +99,11 @@ __device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
   return send_to_nodes(c, t);
 }
 
+// One thread for each rank of the node: what this rank pushes, or gives to be pulled, is there.
+__device__ void tell_sent(const Context& c, int local) {
+  signal(c.team, c.word(local, Region::kSentFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
+}
+
 __device__ Course send_half(const Context& c, const DispatchTask& t) {
   if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
   if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
@@ -106,37 +112,53 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
     ptx::fence_proxy_async_global();  // what the slot held was read by ordinary loads, now it is overwritten by bulk
                                       // stores
     Pusher(c, t).run();
+    if (num_streams(c) > 0) {  // warps that push nothing have begun to relay
+      if (warp_idx() < t.plan.move_warps && last_warp(c.shared.pushed, t.plan.move_warps, c.control.grid.sent)) {
+        if (lane_idx() < c.num_locals()) tell_sent(c, lane_idx());
+      }
+      return Course::kGoOn;
+    }
   } else {
     d4_prepare_input(c, t);
     if (!t.cached) d4_send_records(c, t, BasesArena(c, t.plan).expert_bases);
   }
-  if (last_block(c, c.control.grid.sent)) {
-    signal_node(c, Region::kSentFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
+  if (last_block(c, c.control.grid.sent) && threadIdx.x < static_cast<unsigned>(c.num_locals())) {
+    tell_sent(c, static_cast<int>(threadIdx.x));
   }
   return Course::kGoOn;
 }
 
-// D5, and D6 for the rows that other relays have stored here. False where the kernel has to be left.
-__device__ bool receive_from_nodes(const Context& c, const DispatchTask& t) {
-  if (num_streams(c) == 0) return true;
-  const BasesArena bases(c, t.plan);
-  if (t.half == Half::kReceive && !t.cached) d3_relay_bases(c, bases);
-  return d5_relay(c, t, bases) && wait_node_tagged(c, Region::kRelayedFlag, Step::kD6Relayed);
+// D5, and D6 for the rows that other relays have stored here. Before that `beside`, by the warps that have something to
+// do there. False where the kernel has to be left.
+template <class Beside>
+__device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
+  if (t.half == Half::kReceive && !t.cached) d3_relay_bases(c, BasesArena(c, t.plan));
+  beside();
+  if (!all_of_block(d5_relay(c, t))) return false;
+  if (last_block(c, c.control.grid.relayed)) {
+    signal_node(c, Region::kRelayedFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
+  }
+  return wait_node_tagged(c, Region::kRelayedFlag, Step::kD6Relayed);
+}
+
+__device__ void pull(const Context& c, const DispatchTask& t) {
+  ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
+  Puller(c, t).run();
 }
 
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
-  if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
+  const bool pulls = c.shape.row_per_expert();
+  const bool relays = num_streams(c) > 0;
   if constexpr (kHasNetwork) {
-    if (!receive_from_nodes(c, t)) return Course::kAborted;
+    if (relays && !pulls && !receive_from_nodes(c, t, [] {})) return Course::kAborted;
   }
-  if (c.shape.row_per_expert()) {
-    ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
-    Puller(c, t).run();
-    d6_keep_routing(c, t, t.plan.move_warps);  // by the warps that pull nothing
-    if (t.args.zero_padding) d6_zero_padding(c, t);
-  } else {
-    d6_keep_routing(c, t, 0);
+  if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
+  if (pulls && !relays) pull(c, t);
+  if constexpr (kHasNetwork) {
+    if (relays && pulls && !receive_from_nodes(c, t, [&] { pull(c, t); })) return Course::kAborted;
   }
+  d6_keep_routing(c, t, pulls && !relays ? t.plan.move_warps : 0);  // by the warps that pull nothing
+  if (pulls && t.args.zero_padding) d6_zero_padding(c, t);
   return Course::kGoOn;
 }
 
@@ -186,7 +208,8 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
   for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.shape.num_topk; i += blockDim.x) {
     t.source.experts[i] = -1;
   }
-  for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = t.relay.counts[i] = 0;
+  for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = 0;
+  for (int i = threadIdx.x; i < num_streams(c) * c.shape.num_rounds(); i += blockDim.x) t.relay.round_rows[i] = 0;
   for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * num_streams(c); i += blockDim.x) {
     t.source.stream_rows[i] = -1;
   }

@@ -1,103 +1,232 @@
-// Dispatch across nodes: rows are packed into streams and put to the rail peers (D4), count vectors are handed on (D2),
-// and what comes from rail peers is stored to its final rows (D5). docs/protocol.md has the steps.
+// Dispatch across nodes, the source's part: rows are packed into streams and put to the rail peers (D4), count vectors
+// are handed on (D2). docs/protocol.md has the steps, and the rounds.
 #pragma once
 
 #include "cuda/bases.cuh"
 #include "cuda/cast.cuh"
-#include "cuda/routing.cuh"
 #include "cuda/stages.cuh"
 
 namespace deep_a2a::cuda {
 
-// A row is copied by a warp, 16 bytes a lane, several at a time; `use` stores what it is given.
-template <class Use>
-__device__ void for_vectors_of(const char* from, int64_t bytes, Use&& use) {
-  constexpr int kTogether = 4;
-  const int64_t count = bytes / 16, lanes = kWarpThreads;
+// A row by a warp: 16 bytes a lane, many at a time. Loaded once, and stored for each lane in `targets` to that lane's
+// `to`. `meanwhile` starts other loads before the first are waited for.
+template <class Meanwhile>
+__device__ void move_row(const char* from, int64_t bytes, uint32_t targets, char* to, Meanwhile&& meanwhile) {
+  constexpr int kTogether = 7;  // a row of 7168 channels in FP8 takes two turns; more at a time spills
+  const int count = static_cast<int>(bytes / 16);
   const auto* source = reinterpret_cast<const uint4*>(from);
-  for (int64_t first = lane_idx(); first < count; first += kTogether * lanes) {
+  for (int first = lane_idx(); first - lane_idx() < count; first += kTogether * kWarpThreads) {
     uint4 values[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (first + i * lanes < count) values[i] = source[first + i * lanes];
+      if (first + i * kWarpThreads < count) values[i] = source[first + i * kWarpThreads];
     }
+    if (first == lane_idx()) meanwhile();
+    for (uint32_t left = targets; left != 0; left &= left - 1) {
+      const int target = __ffs(static_cast<int>(left)) - 1;
+      auto* there = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target));
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i * lanes < count) use((first + i * lanes) * 16, values[i]);
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i * kWarpThreads < count) there[first + i * kWarpThreads] = values[i];
+      }
     }
   }
-}
-
-__device__ inline void copy_vectors(char* to, const char* from, int64_t bytes) {
-  for_vectors_of(from, bytes, [&](int64_t at, const uint4& value) { *reinterpret_cast<uint4*>(to + at) = value; });
 }
 
 __device__ inline StreamRow stream_row_of(const Context& c, const DispatchTask& t) {
   return StreamRow::dispatch(c.shape, t.args.format, t.cached);
 }
 
-// Calls use(stream, chunk, first row, end row) for the warp's share of all chunks, streams by turns.
-template <class RowsOf, class Use>
-__device__ void for_chunks(const Context& c, RowsOf&& rows_of, Use&& use) {
-  const int streams = num_streams(c), rows = chunk_rows(c), step = num_warps() * static_cast<int>(gridDim.x);
-  for (int i = grid_warp_idx(); i < streams * max_chunks(c.shape); i += step) {
-    const Stream stream = stream_of(c, i % streams);
-    const int chunk = i / streams, first = chunk * rows, end = min(first + rows, rows_of(stream));
-    if (first < end) use(stream, chunk, first, end);
+// ---- tasks: chunks of a round ------------------------------------------------------------------------------------
+
+// How the chunks of a round are handed out: some at a time where there are many, most of which have no rows.
+struct ChunkTasks {
+  int all;       // of a round
+  int together;  // that a warp takes at a time
+
+  __device__ explicit ChunkTasks(const Context& c) : all(num_streams(c) * chunks_per_round(c.shape)) {
+    const int warps = num_warps() * static_cast<int>(gridDim.x);
+    together = max(1, min(kWarpThreads, all / (4 * warps)));
   }
+  __device__ int turns() const { return (all + together - 1) / together; }
+};
+
+// The next of a number of turns, which warps take as they come.
+__device__ inline int take_turn(uint32_t& turns_taken) {
+  uint32_t turn = 0;
+  if (lane_idx() == 0) turn = atomicAdd(&turns_taken, 1u);
+  return static_cast<int>(__shfl_sync(kFullWarp, turn, 0));
 }
 
-// One row of a stream: payload, scales, and the route entries with their places.
-__device__ inline void pack_row(const Context& c, const DispatchTask& t, const Stream& stream, int token, char* to) {
+// Calls use(chunk) for the chunks of a turn that are put: those with rows, and with several rounds the first of each
+// stream. `rows_of(stream, idx)` is asked by a lane for each chunk there can be; where it is negative the kernel has to
+// be left, as where this is false.
+template <class RowsOf, class Use>
+__device__ bool for_chunks(const Context& c, const ChunkTasks& tasks, int round, int turn, RowsOf&& rows_of,
+                           Use&& use) {
+  const int task = turn * tasks.together + lane_idx();
+  const bool exists = lane_idx() < tasks.together && task < tasks.all;
+  const int stream = task % num_streams(c), idx = task / num_streams(c);
+  const int rows = exists ? rows_of(stream, idx) : 0;
+  if (__any_sync(kFullWarp, rows < 0)) return false;
+  const bool put = exists && (idx * rows_per_chunk(c.shape) < rows || (idx == 0 && c.shape.num_rounds() > 1));
+  for (uint32_t left = __ballot_sync(kFullWarp, put); left != 0; left &= left - 1) {
+    const int lane = __ffs(static_cast<int>(left)) - 1;
+    const Chunk chunk = Chunk::of(c, __shfl_sync(kFullWarp, stream, lane), round, __shfl_sync(kFullWarp, idx, lane),
+                                  __shfl_sync(kFullWarp, rows, lane));
+    if (!use(chunk)) return false;
+  }
+  return true;
+}
+
+// ---- D4, other nodes ---------------------------------------------------------------------------------------------
+
+// The stream's rows before a round, as its source knows them.
+__device__ inline int rows_before_round(const Context& c, const DispatchTask& t, int stream, int round) {
+  if (round == 0) return 0;
+  if (round * c.shape.tokens_per_round() < t.args.num_tokens) {
+    return t.source.round_starts[stream * c.shape.num_rounds() + round];
+  }
+  if (t.cached) return t.source.stream_counts[stream];
+  const CountVector own = c.counts_at(c.local_rank(), c.team.rank);  // after own_counts_written()
+  return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
+}
+
+// What a lane has to know of a token for its stream's row: as a top-k slot its expert, weight and places.
+__device__ inline RouteEntry fetch_route(const Context& c, const DispatchTask& t, int token) {
+  RouteEntry route{-1, 0.0f, -1, -1};
+  if (t.cached || lane_idx() >= c.shape.num_topk) return route;
+  const int64_t entry = int64_t{token} * c.shape.num_topk + lane_idx();
+  route.expert = t.source.experts[entry];
+  route.weight = t.args.topk_weights != nullptr ? t.args.topk_weights[entry] : 1.0f;
+  route.rank_row = t.source.slot_places[entry];  // of no meaning for experts of other nodes
+  if (c.shape.row_per_expert()) route.expert_row = t.source.expert_places[entry];
+  return route;
+}
+
+// A row's scales, as they lie at the caller: some words a lane where they fit registers.
+struct ScaleWords {
+  static constexpr int kWords = 2;  // 8192 channels
+  uint32_t words[kWords];
+
+  __device__ static bool fit(const DispatchTask& t) {
+    const auto all = reinterpret_cast<uintptr_t>(t.args.scales) | static_cast<uintptr_t>(t.args.scales_pitch) |
+                     static_cast<uintptr_t>(t.args.format.scale_bytes);
+    return all % 4 == 0 && t.args.format.scale_bytes <= kWords * kWarpThreads * 4;
+  }
+  __device__ void load(const char* from, int bytes) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int at = (i * kWarpThreads + lane_idx()) * 4;
+      if (at < bytes) words[i] = *reinterpret_cast<const uint32_t*>(from + at);
+    }
+  }
+  __device__ void store(char* to, int bytes) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int at = (i * kWarpThreads + lane_idx()) * 4;
+      if (at < bytes) *reinterpret_cast<uint32_t*>(to + at) = words[i];
+    }
+  }
+};
+
+// One row of a stream: payload, scales, and the route entries with their places. `meanwhile` as for move_row().
+template <class Meanwhile>
+__device__ void pack_row(const Context& c, const DispatchTask& t, int node, int token, RouteEntry route, char* to,
+                         Meanwhile&& meanwhile) {
   const StreamRow layout = stream_row_of(c, t);
   const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
   if (t.args.cast != Cast::kNone) {
+    meanwhile();
     cast_row(from, to, to + layout.side_offset, c.shape.hidden, t.args.cast, t.args.scale_format);
   } else {
-    copy_vectors(to, from, t.args.format.payload_bytes);
-    if (t.args.scales != nullptr) {
-      copy_bytes(to + layout.side_offset, static_cast<const char*>(t.args.scales) + token * t.args.scales_pitch,
-                 t.args.format.scale_bytes);
+    const char* scales = static_cast<const char*>(t.args.scales) + token * t.args.scales_pitch;
+    const int scale_bytes = t.args.scales != nullptr ? t.args.format.scale_bytes : 0;
+    const bool early = ScaleWords::fit(t);
+    ScaleWords words{};
+    move_row(from, t.args.format.payload_bytes, 1, to, [&] {
+      if (early) words.load(scales, scale_bytes);
+      meanwhile();
+    });
+    if (early) {
+      words.store(to + layout.side_offset, scale_bytes);
+    } else {
+      copy_bytes(to + layout.side_offset, scales, scale_bytes);
     }
   }
   if (t.cached || lane_idx() >= c.shape.num_topk) return;
-  const int64_t entry = int64_t{token} * c.shape.num_topk + lane_idx();
-  RouteEntry route{t.source.experts[entry], t.args.topk_weights != nullptr ? t.args.topk_weights[entry] : 1.0f, -1, -1};
-  const int first_expert = stream.node * c.sizes.node_num_experts;
-  if (route.expert >= first_expert && route.expert < first_expert + c.sizes.node_num_experts) {
-    route.rank_row = t.source.slot_places[entry];
-    if (c.shape.row_per_expert()) route.expert_row = t.source.expert_places[entry];
-  } else {
-    route.expert = -1;
+  const int first_expert = node * c.sizes.node_num_experts;
+  if (route.expert < first_expert || route.expert >= first_expert + c.sizes.node_num_experts) {
+    route = {-1, route.weight, -1, -1};
   }
   reinterpret_cast<RouteEntry*>(to + layout.routes_offset)[lane_idx()] = route;
 }
 
-// D4, other nodes.
-__device__ inline void d4_send_nodes(const Context& c, const DispatchTask& t) {
-  const int64_t row_bytes = stream_row_of(c, t).bytes;
-  const CountVector own = c.counts_at(c.local_rank(), c.team.rank);  // after own_counts_written()
-  const auto rows_of = [&](const Stream& stream) {
-    return t.cached ? t.source.stream_counts[stream.idx] : ptx::ld_relaxed_sys(own.node_rows + stream.node);
-  };
-  for_chunks(c, rows_of, [&](const Stream& stream, int chunk, int first, int end) {
-    for (int row = first; row < end; ++row) {
-      const int token = t.source.stream_tokens[int64_t{stream.idx} * t.args.num_tokens + row];
-      pack_row(c, t, stream, token, net_out(c, stream.idx) + row * row_bytes);
-    }
-    __syncwarp();
-    put_chunk(c, stream, chunk, first, end, row_bytes);
-    if (lane_idx() == 0) {
-      atomicAdd(&c.team.control->network_bytes, static_cast<unsigned long long>((end - first) * row_bytes));
-    }
-  });
+__device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int stream, int round) {
+  return rows_before_round(c, t, stream, round + 1) - rows_before_round(c, t, stream, round);
 }
 
-// D2, as a relay: the vectors of the rail peers to the ranks of the node; a warp for each. False where the kernel has
-// to be left.
+// One lane: the last chunk that was put from the same place has been read. Every credit that is given is waited for, so
+// that none is on its way when the next is given for the same word. False where the kernel has to be left.
+__device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int stream, int round, int idx) {
+  for (int before = round - kStagedRounds; before >= 0; before -= kStagedRounds) {
+    if (idx > 0 && idx * rows_per_chunk(c.shape) >= rows_of_round(c, t, stream, before)) continue;
+    return wait_chunk_credit(c, stream, before, idx, Step::kD4SendNodes);
+  }
+  return true;
+}
+
+// A call of its own, for the sake of registers.
+static __device__ __attribute__((noinline)) void d4_send_chunk(const Context& c, const DispatchTask& t,
+                                                               const Chunk& chunk) {
+  const int64_t row_bytes = stream_row_of(c, t).bytes;
+  const Stream stream = stream_of(c, chunk.stream);
+  const int32_t* tokens = t.source.stream_tokens + int64_t{chunk.stream} * t.args.num_tokens +
+                          rows_before_round(c, t, chunk.stream, chunk.round);
+  for (int first = chunk.first_row; first < chunk.end_row; first += kWarpThreads) {
+    const int rows = min(kWarpThreads, chunk.end_row - first);
+    const int own = lane_idx() < rows ? tokens[first + lane_idx()] : 0;  // of the lane's row
+    RouteEntry next = fetch_route(c, t, __shfl_sync(kFullWarp, own, 0));
+    for (int i = 0; i < rows; ++i) {
+      const RouteEntry route = next;
+      const int token = __shfl_sync(kFullWarp, own, i), following = __shfl_sync(kFullWarp, own, min(i + 1, rows - 1));
+      pack_row(c, t, stream.node, token, route, row_out(c, stream, chunk.round, first + i, row_bytes),
+               [&] { next = fetch_route(c, t, following); });
+    }
+  }
+  put_chunk(c, chunk, row_bytes);
+}
+
+__device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, const ChunkTasks& tasks, int round,
+                                    int turn) {
+  return for_chunks(
+      c, tasks, round, turn,
+      [&](int stream, int idx) {
+        return d4_wait_room(c, t, stream, round, idx) ? rows_of_round(c, t, stream, round) : -1;
+      },
+      [&](const Chunk& chunk) {
+        d4_send_chunk(c, t, chunk);
+        return true;
+      });
+}
+
+// The rounds that have room at once. All warps that call it share the work.
+__device__ inline void d4_send_first_rounds(const Context& c, const DispatchTask& t) {
+  const ChunkTasks tasks(c);
+  const int turns = tasks.turns(), all = turns * min(kStagedRounds, c.shape.num_rounds());
+  for (int turn = take_turn(c.control.grid.packed_chunks); turn < all; turn = take_turn(c.control.grid.packed_chunks)) {
+    d4_send_turn(c, t, tasks, turn / turns, turn % turns);
+  }
+}
+
+// ---- D2, as a relay ----------------------------------------------------------------------------------------------
+
+// The vectors of the rail peers to the ranks of the node; a warp for each, the last of their blocks. False where the
+// kernel has to be left.
 __device__ inline bool d2_relay(const Context& c) {
   bool ok = true;
-  for (int idx = grid_warp_idx(); idx < num_streams(c); idx += num_warps() * static_cast<int>(gridDim.x)) {
+  const int last = (num_warps() - 1 - warp_idx()) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  for (int idx = last; idx < num_streams(c); idx += num_warps() * static_cast<int>(gridDim.x)) {
     const Stream stream = stream_of(c, idx);
     if (lane_idx() == 0) {
       uint64_t* word = c.own_word(Region::kNetCountsFlag, idx);
@@ -108,147 +237,15 @@ __device__ inline bool d2_relay(const Context& c) {
     __syncwarp();
     if (!ok) break;
     const char* from = c.own(Region::kNetCountsIn, c.lane) + idx * c.sizes.counts_bytes;
-    for (int local = 0; local < c.num_locals(); ++local) {
-      copy_vectors(c.region(local, Region::kCounts, c.lane) + stream.peer * c.sizes.counts_bytes, from,
-                   c.sizes.counts_bytes);
-    }
+    char* to = lane_idx() < c.num_locals() ? c.region(lane_idx(), Region::kCounts, c.lane) : nullptr;
+    move_row(from, c.sizes.counts_bytes, __ballot_sync(kFullWarp, to != nullptr),
+             to + stream.peer * c.sizes.counts_bytes, [] {});
     __syncwarp();
     if (lane_idx() < c.num_locals()) {
       signal(c.team, c.word(lane_idx(), Region::kCountsFlag, c.lane, stream.peer), c.epoch);
     }
   }
   return ok;
-}
-
-// What a rail peer's dispatch has promised to this rank is waited for, by one thread for each stream; nobody uses it.
-__device__ inline bool drain_streams(const Context& c) {
-  const int idx = stream_of_thread(c);
-  if (idx < 0) return true;
-  const Stream stream = stream_of(c, idx);
-  const int rows = ptx::ld_relaxed_sys(c.counts_at(c.local_rank(), stream.peer).node_rows + c.own_node());
-  bool ok = true;
-  for (int chunk = 0; ok && chunk * chunk_rows(c) < rows; ++chunk) {
-    const int64_t word = int64_t{idx} * max_chunks(c.shape) + chunk;
-    ok = wait(c, c.own_word(Region::kChunkFlag, word), Tag::word(c.epoch, 0), Step::kD5Relay, stream.peer);
-  }
-  return ok;
-}
-
-// One warp of a relay at work on a row.
-class Relay {
- public:
-  __device__ Relay(const Context& c, const DispatchTask& t, const BasesArena& bases)
-      : c_(c), t_(t), bases_(bases), layout_(stream_row_of(c, t)) {}
-
-  __device__ void row(const Stream& stream, int row) const {
-    const char* from = net_in(c_, stream.idx) + row * layout_.bytes;
-    const RouteEntry route = final_route(stream, row, from);
-    // A lane for each rank of the node: the rank row there.
-    int32_t rank_row = -1;
-    for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
-      const int32_t expert = __shfl_sync(kFullWarp, route.expert, slot);
-      const int32_t there = __shfl_sync(kFullWarp, route.rank_row, slot);
-      if (expert >= 0 && c_.local_of_expert(expert) == lane_idx()) rank_row = there;
-    }
-    const uint32_t targets = __ballot_sync(kFullWarp, rank_row >= 0);
-    if (!c_.shape.row_per_expert()) store_payload(from, rank_row, targets);
-    if (!t_.cached) store_records(stream, row, route, rank_row, targets);
-    count_bytes(targets);
-  }
-
- private:
-  // Of the lane's slot, with final rows; kept in the handle, or taken from there.
-  __device__ RouteEntry final_route(const Stream& stream, int row, const char* from) const {
-    RouteEntry route{-1, 0.0f, -1, -1};
-    if (lane_idx() >= c_.shape.num_topk) return route;
-    RouteEntry* kept =
-        t_.relay.routes + (int64_t{stream.idx} * c_.shape.max_tokens + row) * c_.shape.num_topk + lane_idx();
-    if (t_.cached) return *kept;
-    route = reinterpret_cast<const RouteEntry*>(from + layout_.routes_offset)[lane_idx()];
-    if (route.expert >= 0) {
-      const int node_expert = route.expert - c_.sizes.node_first_expert;
-      route.rank_row += bases_.relay_rank_bases[stream.idx * c_.num_locals() + c_.local_of_expert(route.expert)];
-      if (c_.shape.row_per_expert()) {
-        route.expert_row += bases_.relay_expert_bases[stream.idx * c_.sizes.node_num_experts + node_expert];
-      }
-    }
-    *kept = route;
-    return route;
-  }
-
-  __device__ void store_payload(const char* from, int32_t rank_row, uint32_t targets) const {
-    store_to(Region::kRecvRows, t_.args.format.payload_bytes, from, t_.args.format.payload_bytes, rank_row, targets);
-    store_to(Region::kRecvScales, t_.args.format.scale_pitch(), from + layout_.side_offset, t_.args.format.scale_span(),
-             rank_row, targets);
-  }
-
-  __device__ void store_to(Region region, int64_t pitch, const char* from, int64_t bytes, int32_t rank_row,
-                           uint32_t targets) const {
-    // Lanes leave the loop over a row at different times, so what they need of each other is fetched before.
-    for (uint32_t left = targets; left != 0; left &= left - 1) {
-      const int local = __ffs(static_cast<int>(left)) - 1;
-      const int64_t row = __shfl_sync(kFullWarp, rank_row, local);
-      copy_vectors(c_.region(local, region, t_.args.slot) + row * pitch, from, bytes);
-    }
-  }
-
-  __device__ void store_records(const Stream& stream, int row, const RouteEntry& route, int32_t rank_row,
-                                uint32_t targets) const {
-    for (uint32_t left = targets; left != 0; left &= left - 1) {
-      const int local = __ffs(static_cast<int>(left)) - 1;
-      const int64_t there = __shfl_sync(kFullWarp, rank_row, local);
-      char* records = c_.region(local, Region::kRecvRoutes, t_.args.slot);
-      const RouteRecord record = RouteRecord::at(c_.shape, records + there * c_.sizes.record_bytes);
-      if (record.from_row != nullptr && lane_idx() == 0) {
-        *record.from_row = PulledFrom::pack(c_, c_.local_rank(), stream.idx, row);
-      }
-      if (lane_idx() >= c_.shape.num_topk) continue;
-      record.experts[lane_idx()] = route.expert;
-      record.weights[lane_idx()] = route.weight;
-      if (record.expert_rows != nullptr) record.expert_rows[lane_idx()] = route.expert < 0 ? -1 : route.expert_row;
-    }
-  }
-
-  __device__ void count_bytes(uint32_t targets) const {
-    const int others = __popc(targets & ~(1u << c_.local_rank()));
-    if (lane_idx() != 0 || others == 0) return;
-    const int64_t bytes =
-        t_.args.format.payload_bytes + t_.args.format.scale_span() + (t_.cached ? 0 : c_.sizes.record_bytes);
-    atomicAdd(&c_.team.control->wire_bytes, static_cast<unsigned long long>(others * bytes));
-  }
-
-  const Context& c_;
-  const DispatchTask& t_;
-  const BasesArena bases_;
-  const StreamRow layout_;
-};
-
-// The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
-__device__ inline void d3_relay_bases(const Context& c, const BasesArena& arena) {
-  sum_counts(c, arena);
-  __syncthreads();
-  if (c.shape.row_per_expert()) start_groups(c, arena);
-  ptx::fence_proxy_async();  // the arena has been written by ordinary stores, later it is by bulk loads
-  __syncthreads();
-}
-
-// D5. All threads; false where the kernel has to be left.
-__device__ inline bool d5_relay(const Context& c, const DispatchTask& t, const BasesArena& bases) {
-  const Relay relay(c, t, bases);
-  bool ok = true;
-  for_chunks(
-      c, [&](const Stream& stream) { return t.relay.counts[stream.idx]; },
-      [&](const Stream& stream, int chunk, int first, int end) {
-        if (ok && lane_idx() == 0) ok = wait_chunk(c, stream, chunk, Step::kD5Relay);
-        ok = __all_sync(kFullWarp, ok) != 0;
-        __syncwarp();
-        for (int row = first; ok && row < end; ++row) relay.row(stream, row);
-      });
-  if (!all_of_block(ok)) return false;
-  if (last_block(c, c.control.grid.relayed)) {
-    signal_node(c, Region::kRelayedFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
-  }
-  return true;
 }
 
 }  // namespace deep_a2a::cuda

@@ -61,11 +61,6 @@ struct PullItem {
   int32_t from_row = 0;
 };
 
-struct PulledRow {
-  const char* payload;
-  const char* scales;
-};
-
 class Puller {
  public:
   __device__ Puller(const Context& c, const DispatchTask& t)
@@ -83,14 +78,13 @@ class Puller {
       const int32_t below = __shfl_up_sync(kFullWarp, rows, step);
       if (lane_idx() >= step) rows += below;
     }
-    start_of_ = rows - rows_from_;
+    start_of_ = rows - rows_from_ + rows_before_node();
   }
 
-  // Items go round the sources, starting behind the own rank, so that all links are busy at once.
+  // Items go round the sources of the node, starting behind the own rank, so that all links are busy at once.
   __device__ void run() {
     const int most = __reduce_max_sync(kFullWarp, rows_from_);
-    const int rows = num_streams(c_) > 0 ? counts_.num_received[1] : most * c_.num_locals();
-    const int num_items = rows * t_.plan.num_chunks;
+    const int num_items = most * c_.num_locals() * t_.plan.num_chunks;
     const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
     const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first, num_items);
@@ -104,13 +98,16 @@ class Puller {
   }
 
  private:
+  // Rank rows from nodes before the own one: relays have stored them.
+  __device__ int32_t rows_before_node() const {
+    int32_t rows = 0;
+    for (int rank = lane_idx(); rank < c_.neighbour(0); rank += kWarpThreads) rows += counts_.rows_per_rank[rank];
+    return __reduce_add_sync(kFullWarp, rows);
+  }
+
   __device__ PullItem fetch(int item, int num_items) const {
     PullItem it;
     const int row = item / t_.plan.num_chunks;
-    if (num_streams(c_) > 0) {
-      if (item < num_items) fetch_row(it, row, kElsewhere);
-      return it;
-    }
     const int source = (c_.local_rank() + 1 + row % c_.num_locals()) % c_.num_locals();
     const int row_of_source = row / c_.num_locals();
     const int32_t rows = __shfl_sync(kFullWarp, rows_from_, source), start = __shfl_sync(kFullWarp, start_of_, source);
@@ -129,8 +126,6 @@ class Puller {
     it.row = t_.cached ? kept_.expert_rows[entry] : record.expert_rows[lane_idx()];
   }
 
-  static constexpr int kElsewhere = 0;  // PullItem::source where from_row says it
-
   __device__ int chunk_bytes(int chunk) const {
     return min(t_.plan.chunk_bytes, t_.args.format.payload_bytes - chunk * t_.plan.chunk_bytes);
   }
@@ -146,30 +141,14 @@ class Puller {
       ptx::mbarrier_arrive(full);
       return;
     }
-    const PulledRow from = pulled_row(it);
+    const char* rows = c_.region(it.source, pulled_region(t_), c_.lane) + chunk * t_.plan.chunk_bytes;
     const bool with_scales = chunk == 0 && span > 0;
     ptx::mbarrier_arrive_expect_tx(full, chunk_bytes(chunk) + (with_scales ? span : 0));
-    ptx::bulk_load(stages_.payload(stage), from.payload + chunk * t_.plan.chunk_bytes, chunk_bytes(chunk), full);
-    if (with_scales) ptx::bulk_load(stages_.scales(stage), from.scales, span, full);
-  }
-
-  // With several nodes the packed number says more than the source: rows of other nodes lie in a stream of their relay.
-  __device__ PulledRow pulled_row(const PullItem& it) const {
-    int local = it.source;
-    int64_t row = it.from_row;
-    if (num_streams(c_) > 0) {
-      const PulledFrom from = PulledFrom::unpack(c_, it.from_row);
-      local = from.local;
-      row = from.row;
-      if (from.stream >= 0) {
-        const StreamRow layout = StreamRow::dispatch(c_.shape, t_.args.format, t_.cached);
-        const char* in =
-            c_.region(local, Region::kNetIn, c_.lane) + stream_offset(c_, from.stream) + row * layout.bytes;
-        return {in, in + layout.side_offset};
-      }
-    }
-    return {c_.region(local, pulled_region(t_), c_.lane) + row * t_.args.format.payload_bytes,
-            c_.region(local, Region::kInputScales, c_.lane) + row * t_.args.format.scale_pitch()};
+    ptx::bulk_load(stages_.payload(stage), rows + int64_t{it.from_row} * t_.args.format.payload_bytes,
+                   chunk_bytes(chunk), full);
+    if (!with_scales) return;
+    const char* scales = c_.region(it.source, Region::kInputScales, c_.lane);
+    ptx::bulk_load(stages_.scales(stage), scales + int64_t{it.from_row} * t_.args.format.scale_pitch(), span, full);
   }
 
   __device__ void store(int item, int stage) {

@@ -22,15 +22,17 @@ bool is_aligned(const void* address, int64_t pitch) {
 }  // namespace
 
 Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows,
-           const std::vector<int>& rail_pes, double timeout_s, std::optional<uint64_t> delay_seed)
-    : device_(device), windows_(std::move(windows)), team_{}, stream_(device) {
+           const std::vector<int>& rail_pes, std::vector<std::shared_ptr<Window>> rail_windows, double timeout_s,
+           std::optional<uint64_t> delay_seed)
+    : device_(device), windows_(std::move(windows)), rail_windows_(std::move(rail_windows)), team_{}, stream_(device) {
   validate(shape);
   const Topology& t = shape.topology;
   check_argument(t.num_nodes() == 1 || kHasNetwork, "this module is built without the network: it needs all ranks on ",
                  "one node, got ", t.num_nodes(), " nodes");
   check_argument(t.num_nodes() <= kMaxNodes, "there may be ", kMaxNodes, " nodes, got ", t.num_nodes());
   const size_t num_rail_pes = t.num_nodes() == 1 ? 0 : static_cast<size_t>(t.num_nodes());
-  check_argument(rail_pes.size() == num_rail_pes, "expected ", num_rail_pes, " rail_pes, got ", rail_pes.size());
+  check_argument(rail_pes.size() == num_rail_pes && rail_windows_.size() == num_rail_pes, "expected ", num_rail_pes,
+                 " rail_pes and rail_windows, got ", rail_pes.size(), " and ", rail_windows_.size());
   check_argument(t.ranks_per_node <= kMaxRanksPerNode, "ranks_per_node must be at most ", kMaxRanksPerNode, ", got ",
                  t.ranks_per_node);
   check_argument(int64_t{shape.max_tokens} * shape.num_topk * t.ranks_per_node <= INT32_MAX,
@@ -51,6 +53,9 @@ Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr
   }
 
   std::copy(rail_pes.begin(), rail_pes.end(), team_.rail_pes);
+  for (size_t node = 0; node < rail_windows_.size(); ++node) {
+    team_.rail_windows[node] = rail_windows_[node] != nullptr ? rail_windows_[node]->data() : nullptr;
+  }
   const OnDevice on(device);
   limits_ = prepare_kernels(device);
   scratch_words_ = BlockCounts::words(shape) * limits_.num_sms;
@@ -124,10 +129,11 @@ void Rank::place_input(cudaStream_t stream, DispatchTask& task) {
   const char* end_of_lent = window_rows + shape().max_tokens * shape().max_payload_bytes();
   check_argument(first >= end_of_lent || first + args.num_tokens * args.x_pitch <= window_rows,
                  "x is a part of the lent input, expected its first rows as they are, or memory of your own");
-  check_cuda(cudaMemcpy2DAsync(window_rows, static_cast<size_t>(bytes), args.x, static_cast<size_t>(args.x_pitch),
-                               static_cast<size_t>(bytes), static_cast<size_t>(args.num_tokens),
-                               cudaMemcpyDeviceToDevice, stream),
-             "the copy of the input into the window");
+  if (task.half != Half::kReceive)
+    check_cuda(cudaMemcpy2DAsync(window_rows, static_cast<size_t>(bytes), args.x, static_cast<size_t>(args.x_pitch),
+                                 static_cast<size_t>(bytes), static_cast<size_t>(args.num_tokens),
+                                 cudaMemcpyDeviceToDevice, stream),
+               "the copy of the input into the window");
   args.x = window_rows;
   args.x_pitch = bytes;
 }
@@ -144,7 +150,7 @@ uint64_t Rank::dispatch(const Launch& launch, DispatchTask task, void* source, v
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(launch.stream, &capture), "cudaStreamIsCapturing");
   if (capture == cudaStreamCaptureStatusNone) task.ticket = task.half == Half::kReceive ? tickets_ : ++tickets_;
-  if (task.half != Half::kReceive) place_input(launch.stream, task);
+  place_input(launch.stream, task);
   launch_dispatch(used, team_, task);
   if (columns.words != nullptr && columns.pitch > 0 && task.half != Half::kSend) {
     launch_scales(used, ScalesTask::of(shape(), task.args, task.result.counts, own(Region::kRecvScales, task.args.slot),

@@ -27,10 +27,12 @@ struct WireBytes {
 class Rank {
  public:
   // `windows` of the ranks of the node, by local rank, the own one included.
-  // `rail_pes` with several nodes, where windows lie in symmetric memory: by node, the rail peer's number in the job.
-  // `delay_seed` is for tests: every release comes late, as drawn from it.
+  // With several nodes, where windows lie in symmetric memory, by node: the rail peer's number in the job, and its
+  // window where rows are to be stored there, because it is mapped here; null where they are put. `delay_seed` is for
+  // tests: every release comes late, as drawn from it.
   Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr<Window>> windows,
-       const std::vector<int>& rail_pes, double timeout_s, std::optional<uint64_t> delay_seed);
+       const std::vector<int>& rail_pes, std::vector<std::shared_ptr<Window>> rail_windows, double timeout_s,
+       std::optional<uint64_t> delay_seed);
   ~Rank();
   Rank(const Rank&) = delete;
   Rank& operator=(const Rank&) = delete;
@@ -69,7 +71,7 @@ class Rank {
   std::exception_ptr fault() const;
 
   const int device_;
-  const std::vector<std::shared_ptr<Window>> windows_;
+  const std::vector<std::shared_ptr<Window>> windows_, rail_windows_;
   DeviceLimits limits_;
   Team team_;
   void* mailbox_memory_ = nullptr;

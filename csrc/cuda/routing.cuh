@@ -11,23 +11,6 @@ __device__ inline RouteRecord own_record(const Context& c, const DispatchTask& t
   return RouteRecord::at(c.shape, records + rank_row * c.sizes.record_bytes);
 }
 
-// Where peers find a row that they pull, as one number: whose window, its own input or one of its streams, which row.
-struct PulledFrom {
-  int local;
-  int stream;  // -1 for own input
-  int row;
-
-  __device__ static int32_t pack(const Context& c, int local, int stream, int row) {
-    return (local * c.sizes.num_nodes + stream + 1) * c.shape.max_tokens + row;
-  }
-  __device__ static PulledFrom unpack(const Context& c, int32_t packed) {
-    const auto max_tokens = static_cast<uint32_t>(c.shape.max_tokens), nodes = static_cast<uint32_t>(c.sizes.num_nodes);
-    const uint32_t place = static_cast<uint32_t>(packed) / max_tokens;
-    return {static_cast<int>(place / nodes), static_cast<int>(place % nodes) - 1,
-            static_cast<int>(static_cast<uint32_t>(packed) % max_tokens)};
-  }
-};
-
 // D4, rows that are pulled: the records alone go to the receivers. A warp takes as many (token, rank) pairs at a time
 // as its lanes have top-k slots for.
 __device__ inline void d4_send_records(const Context& c, const DispatchTask& t, const int32_t* expert_bases) {
@@ -46,7 +29,7 @@ __device__ inline void d4_send_records(const Context& c, const DispatchTask& t, 
     char* records = c.region(local, Region::kRecvRoutes, t.args.slot);
     const int64_t row = place + c.shared.rank_bases[local];
     const RouteRecord to = RouteRecord::at(c.shape, records + row * c.sizes.record_bytes);
-    if (slot == 0) *to.from_row = num_streams(c) > 0 ? PulledFrom::pack(c, c.local_rank(), -1, token) : token;
+    if (slot == 0) *to.from_row = token;
     to.experts[slot] = expert;
     to.weights[slot] = weight;
     to.expert_rows[slot] = expert < 0 ? -1 : expert_place + expert_bases[expert];

@@ -19,6 +19,8 @@ struct BlockShared {
   uint32_t slot_taken;  // when first looked at, a rank had not released the slot
   uint32_t last_block;
   uint32_t parts[kMaxReadyParts];  // warps that have added their rows of it
+  uint32_t rounds[kMaxRounds];     // warps that have summed their tokens of it
+  uint32_t pushed;                 // warps that have pushed all their rows
 };
 
 // The arena follows: one phase of a kernel uses it after another.

@@ -1,4 +1,4 @@
-// Streams of rows between rail peers: where they lie, and how their chunks are put. wait_chunk() is in sync.cuh.
+// Streams of rows between rail peers: where they lie, and how their chunks are put. Waits are in sync.cuh.
 #pragma once
 
 #include "cuda/context.cuh"
@@ -13,6 +13,7 @@ struct Stream {
   int node;
   int peer;  // rank
   int pe;
+  char* window;  // of the peer, where rows are stored there; null where they are put
 };
 
 __device__ inline int num_streams(const Context& c) { return kHasNetwork ? c.sizes.num_nodes - 1 : 0; }
@@ -21,29 +22,84 @@ __device__ inline Stream stream_of(const Context& c, int idx) {
   const Topology& topology = c.shape.topology;
   const int own = c.own_node();
   const int node = topology.stream_node(own, idx);
-  return {idx, topology.stream_idx(node, own), node, topology.rank_of(node, c.local_rank()), c.team.rail_pes[node]};
+  return {idx,
+          topology.stream_idx(node, own),
+          node,
+          topology.rank_of(node, c.local_rank()),
+          c.team.rail_pes[node],
+          c.team.rail_windows[node]};
 }
 
-__device__ inline int64_t stream_offset(const Context& c, int idx) {
-  return int64_t{idx} * c.shape.max_tokens * StreamRow::max_bytes(c.shape);
-}
-__device__ inline char* net_in(const Context& c, int idx) {
-  return c.own(Region::kNetIn, c.lane) + stream_offset(c, idx);
-}
-__device__ inline char* net_out(const Context& c, int idx) {
-  return c.own(Region::kNetOut, c.lane) + stream_offset(c, idx);
-}
-__device__ inline int chunk_rows(const Context& c) { return rows_per_chunk(c.shape); }
+// Some rows of a round of a stream. Rows count from the first of the round.
+struct Chunk {
+  int stream;
+  int round;
+  int idx;  // among those of the round
+  int round_rows;
+  int first_row;
+  int end_row;
 
-// All lanes of a warp. Rows [first_row, end_row) of net_out are one chunk; whoever has written them has synchronised
-// with this warp.
-__device__ inline void put_chunk(const Context& c, const Stream& stream, int chunk, int first_row, int end_row,
-                                 int64_t row_bytes) {
+  __device__ static Chunk of(const Context& c, int stream, int round, int idx, int round_rows) {
+    const int rows = rows_per_chunk(c.shape);
+    return {stream, round, idx, round_rows, idx * rows, min((idx + 1) * rows, round_rows)};
+  }
+};
+
+// Of a chunk's word among those of its region, at a rank that has the stream as number `stream`.
+__device__ inline int64_t chunk_word_idx(const Context& c, int stream, int round, int idx) {
+  return int64_t{stream} * max_chunks(c.shape) + round * chunks_per_round(c.shape) + idx;
+}
+
+// Where a row of a round lies in kNetIn or kNetOut, from the window's start.
+__device__ inline int64_t staged_offset(const Context& c, Region region, int stream, int round, int row,
+                                        int64_t row_bytes) {
+  return c.team.layout.offset(region, c.lane) +
+         int64_t{stream} * c.shape.staged_rows() * StreamRow::max_bytes(c.shape) +
+         (c.shape.first_staged_row(round) + row) * row_bytes;
+}
+
+// A row that has come.
+__device__ inline char* row_in(const Context& c, int stream, int round, int row, int64_t row_bytes) {
+  return c.team.windows[c.local_rank()] + staged_offset(c, Region::kNetIn, stream, round, row, row_bytes);
+}
+
+// Where a row to be sent is written: to the peer at once where its memory is mapped here.
+__device__ inline char* row_out(const Context& c, const Stream& stream, int round, int row, int64_t row_bytes) {
+  return stream.window != nullptr
+             ? stream.window + staged_offset(c, Region::kNetIn, stream.at_peer, round, row, row_bytes)
+             : c.team.windows[c.local_rank()] + staged_offset(c, Region::kNetOut, stream.idx, round, row, row_bytes);
+}
+
+// All lanes of a warp: its rows have been written to row_out() by this warp, or by those who have synchronised with it.
+__device__ inline void put_chunk(const Context& c, const Chunk& chunk, int64_t row_bytes) {
   if constexpr (kHasNetwork) {
-    const int64_t start = first_row * row_bytes;
-    put_signal_warp(net_in(c, stream.at_peer) + start, net_out(c, stream.idx) + start, end_row * row_bytes - start,
-                    c.own_word(Region::kChunkFlag, int64_t{stream.at_peer} * max_chunks(c.shape) + chunk),
-                    Tag::word(c.epoch, c.tag), stream.pe);
+    const Stream stream = stream_of(c, chunk.stream);
+    const int64_t bytes = (chunk.end_row - chunk.first_row) * row_bytes;
+    const int64_t at = chunk_word_idx(c, stream.at_peer, chunk.round, chunk.idx);
+    const uint64_t value = Tag::word(c.epoch, c.tag, c.shape.num_rounds() > 1 ? chunk.round_rows : 0);
+    uint64_t* word = c.own_word(Region::kChunkFlag, at);
+    __syncwarp();
+    if (stream.window != nullptr) {
+      auto* words = reinterpret_cast<uint64_t*>(stream.window + c.team.layout.offset(Region::kChunkFlag, c.lane));
+      if (lane_idx() == 0) ptx::st_release_sys(words + at, value);
+    } else if (bytes > 0) {
+      put_signal_warp(row_in(c, stream.at_peer, chunk.round, chunk.first_row, row_bytes),
+                      row_out(c, stream, chunk.round, chunk.first_row, row_bytes), bytes, word, value, stream.pe);
+    } else if (lane_idx() == 0) {
+      remote_signal(word, value, stream.pe);
+    }
+    if (lane_idx() == 0) atomicAdd(&c.team.control->network_bytes, static_cast<unsigned long long>(bytes));
+    __syncwarp();
+  }
+}
+
+// One thread. What it, and those it has synchronised with, have read of a round's chunk may be overwritten by the round
+// after the next.
+__device__ inline void give_chunk_credit(const Context& c, int stream_idx, int round, int idx) {
+  if constexpr (kHasNetwork) {
+    if (round + kStagedRounds >= c.shape.num_rounds()) return;
+    const Stream stream = stream_of(c, stream_idx);
+    remote_signal(c.own_word(Region::kChunkCredit, chunk_word_idx(c, stream.at_peer, round, idx)), c.epoch, stream.pe);
   }
 }
 

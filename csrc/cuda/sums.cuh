@@ -180,15 +180,7 @@ class Sums {
 
   // The last warp of the last block to have added its rows of a part tells all ranks that it is readable.
   __device__ void end_part(int part) const {
-    __syncwarp();
-    bool last = false;
-    if (lane_idx() == 0) {
-      const auto warps = static_cast<uint32_t>(ring_.plan.num_rings);
-      last = ptx::atom_add_acq_rel_cta(c_.shared.parts + part, 1) == warps - 1 &&
-             grid_arrive(c_.control.grid.parts[part]) == gridDim.x - 1;
-    }
-    if (!__any_sync(kFullWarp, last)) return;
-    __syncwarp();
+    if (!last_warp(c_.shared.parts[part], ring_.plan.num_rings, c_.control.grid.parts[part])) return;
     if (lane_idx() >= c_.num_locals()) return;
     const int64_t idx = int64_t{c_.local_rank()} * kMaxReadyParts + part;
     signal(c_.team, c_.word(lane_idx(), Region::kReadyPart, c_.lane, idx), Tag::word(c_.epoch, c_.tag));

@@ -25,7 +25,8 @@ __device__ inline void signal(const Team& team, uint64_t* word, uint64_t value) 
 }
 
 __device__ inline uint64_t abort_word(const Context& c) {
-  return ptx::ld_acquire_sys(c.word(c.local_rank(), Region::kAbort, 0, 0));
+  const uint64_t* word = c.word(c.local_rank(), Region::kAbort, 0, 0);
+  return ptx::ld_relaxed_sys(word) != 0 ? ptx::ld_acquire_sys(word) : 0;
 }
 
 // One thread of the rank's kernels hands the host a record, its own or that of whoever gave up.
@@ -80,7 +81,8 @@ __device__ inline void give_up(const Context& c, const FaultRecord& record) {
   tell_rail_peers(c, self);
 }
 
-// Polls ready() until it is true. False: this rank or another gave up, and the kernel has to be left.
+// Polls ready() until it is true. False: this rank or another gave up, and the kernel has to be left. ready() acquires
+// nothing: an acquire drops the SM's whole first-level cache, which other warps live on. Callers acquire afterwards.
 template <class Ready, class Seen>
 __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expected, Ready&& ready, Seen&& seen) {
   if (ready()) return true;
@@ -90,6 +92,7 @@ __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expec
   const uint64_t patience = c.team.timeout_ns + (is_second ? c.team.timeout_ns / 8 : 0);
   const uint64_t start = ptx::global_timer();
   while (true) {
+#pragma unroll 1
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
       if (ready()) return true;
     }
@@ -107,15 +110,17 @@ __device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expec
 }
 
 __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
-  const auto seen = [&] { return ptx::ld_acquire_sys(word); };
-  return wait_until(c, step, peer, expected, [&] { return seen() >= expected; }, seen);
+  const auto seen = [&] { return ptx::ld_relaxed_sys(word); };
+  if (!wait_until(c, step, peer, expected, [&] { return seen() >= expected; }, seen)) return false;
+  ptx::ld_acquire_sys(word);
+  return true;
 }
 
 // For a word with a tag: gives up where the tag is not the own one.
 __device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
   const uint64_t reached = Tag::word(c.epoch, 0);
-  const auto ready = [&] { return ptx::ld_acquire_sys(word) >= reached; };
-  const auto seen = [&] { return ptx::ld_acquire_sys(word) >> Tag::kBits; };
+  const auto ready = [&] { return ptx::ld_relaxed_sys(word) >= reached; };
+  const auto seen = [&] { return Tag::epoch_of(ptx::ld_relaxed_sys(word)); };
   if (!wait_until(c, step, peer, c.epoch, ready, seen)) return false;
   const uint32_t tag = Tag::of(ptx::ld_acquire_sys(word));
   if (tag == c.tag) return true;
@@ -135,9 +140,24 @@ __device__ inline bool all_of_block(bool ok) { return __syncthreads_and(ok) != 0
 __device__ inline uint32_t grid_arrive(uint32_t& counter) { return ptx::atom_add_acq_rel_gpu(&counter, 1); }
 
 __device__ inline bool grid_wait(const Context& c, const uint32_t& counter) {
-  const auto ready = [&] { return ptx::ld_acquire_gpu(&counter) >= gridDim.x; };
-  return wait_until(c, Step::kGrid, c.team.rank, gridDim.x, ready,
-                    [&] { return uint64_t{ptx::ld_acquire_gpu(&counter)}; });
+  const auto seen = [&] { return uint64_t{ptx::ld_relaxed_gpu(&counter)}; };
+  if (!wait_until(c, Step::kGrid, c.team.rank, gridDim.x, [&] { return seen() >= gridDim.x; }, seen)) return false;
+  ptx::ld_acquire_gpu(&counter);
+  return true;
+}
+
+// A warp has done its share, one of `warps` in its block: true in all lanes of the one warp of the grid that comes
+// last. What the others did before is visible to it.
+__device__ inline bool last_warp(uint32_t& in_block, int warps, uint32_t& in_grid) {
+  __syncwarp();
+  bool last = false;
+  if (static_cast<int>(threadIdx.x) % kWarpThreads == 0) {
+    last = ptx::atom_add_acq_rel_cta(&in_block, 1) == static_cast<uint32_t>(warps) - 1 &&
+           grid_arrive(in_grid) == gridDim.x - 1;
+  }
+  last = __any_sync(kFullWarp, last) != 0;
+  __syncwarp();
+  return last;
 }
 
 // All threads: true in every thread of the one block that comes last. What the others did before is visible to it.
@@ -230,13 +250,20 @@ __device__ inline void acquire_put(uint64_t* word, uint64_t value) {
   if constexpr (kHasNetwork) flush_arrivals(word, value);
 }
 
-// One thread: a chunk has arrived. False where the kernel has to be left. Whoever issues bulk loads of it has to fence
-// the proxies first.
-__device__ inline bool wait_chunk(const Context& c, const Stream& stream, int chunk, Step step) {
-  uint64_t* word = c.own_word(Region::kChunkFlag, int64_t{stream.idx} * max_chunks(c.shape) + chunk);
-  if (!wait_tagged(c, word, step, stream.peer)) return false;
+// One thread: a chunk has arrived; false where the kernel has to be left. Whoever issues bulk loads of it has to fence
+// the proxies first. With several rounds `round_rows` becomes what the word says.
+__device__ inline bool wait_chunk(const Context& c, int stream_idx, int round, int idx, Step step, int& round_rows) {
+  uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, stream_idx, round, idx));
+  if (!wait_tagged(c, word, step, stream_of(c, stream_idx).peer)) return false;
   acquire_put(word, Tag::word(c.epoch, 0));
+  if (c.shape.num_rounds() > 1) round_rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
   return true;
+}
+
+// One thread: a chunk of a round has been read at the rail peer. False where the kernel has to be left.
+__device__ inline bool wait_chunk_credit(const Context& c, int stream_idx, int round, int idx, Step step) {
+  const uint64_t* word = c.own_word(Region::kChunkCredit, chunk_word_idx(c, stream_idx, round, idx));
+  return wait(c, word, c.epoch, step, stream_of(c, stream_idx).peer);
 }
 
 }  // namespace deep_a2a::cuda

@@ -27,6 +27,9 @@ struct GridCounters {
   uint32_t relayed;
   uint32_t left;
   uint32_t parts[kMaxReadyParts];
+  uint32_t rounds[kMaxRounds];
+  uint32_t packed_chunks;  // tasks that warps have taken, of D4 to other nodes before D3
+  uint32_t moved_chunks;   // and of D5 with what D4 is left
 };
 
 // A lane's memory on the GPU: here because a captured graph advances it without the host.
@@ -115,7 +118,10 @@ struct Team {
   Mailbox* mailbox;
   char* refused_counts;             // behind the mailbox, by lane: the count vectors of all ranks
   char* windows[kMaxRanksPerNode];  // of the ranks of this node, the own one included
-  int32_t rail_pes[kMaxNodes];      // by node: the rail peer's number in the NVSHMEM job; with one node unused
+  // By node, unused with one: the rail peer's number in the NVSHMEM job, and its window where rows are stored there
+  // rather than put, else null.
+  int32_t rail_pes[kMaxNodes];
+  char* rail_windows[kMaxNodes];
 };
 
 // Which halves of an operation a launch runs.
@@ -132,6 +138,7 @@ struct SourceHandle {
   int32_t* stream_rows;    // [num_tokens, streams]: the token's row in the stream, -1 for none
   int32_t* stream_tokens;  // [streams, num_tokens]: the token of each row
   int32_t* stream_counts;  // [streams]: how many rows
+  int32_t* round_starts;   // [streams, rounds]: the row that the round's first token has or would have, if it is there
   int32_t* slot_places;    // [num_tokens, num_topk]: the place at the slot's rank, of slots on other nodes
 
   // Lays the arrays out from `base` on; returns how many bytes they take.
@@ -152,6 +159,7 @@ struct SourceHandle {
     stream_rows = take(int64_t{num_tokens} * streams);
     stream_tokens = take(int64_t{num_tokens} * streams);
     stream_counts = take(streams);
+    round_starts = take(int64_t{streams} * s.num_rounds());
     slot_places = take(streams > 0 ? entries : 0);
     return offset;
   }
@@ -160,16 +168,19 @@ struct SourceHandle {
 // What a rank keeps of a dispatch as a relay, in one allocation of the caller's: the rows that came from its rail
 // peers, by stream, with their final rows on this node.
 struct RelayHandle {
-  int32_t* counts;     // [streams]
-  RouteEntry* routes;  // [streams, max_tokens, num_topk]
+  int32_t* round_rows;  // [streams, rounds]
+  RouteEntry* routes;   // [streams, rounds, tokens of a round, num_topk]
 
   // As SourceHandle::lay_out. Nothing with one node.
   int64_t lay_out(const Shape& s, char* base) {
-    const int64_t streams = s.topology.num_peer_nodes();
-    counts = reinterpret_cast<int32_t*>(base);
-    const int64_t offset = align_up<int64_t>(streams * 4, kRegionAlignment);
+    const int64_t rounds = int64_t{s.topology.num_peer_nodes()} * s.num_rounds();
+    round_rows = reinterpret_cast<int32_t*>(base);
+    const int64_t offset = align_up<int64_t>(rounds * 4, kRegionAlignment);
     routes = reinterpret_cast<RouteEntry*>(base + offset);
-    return offset + streams * s.max_tokens * s.num_topk * static_cast<int64_t>(sizeof(RouteEntry));
+    return offset + rounds * s.tokens_per_round() * s.num_topk * static_cast<int64_t>(sizeof(RouteEntry));
+  }
+  DEEP_A2A_HOST_DEVICE RouteEntry* routes_of(const Shape& s, int stream, int round, int row) const {
+    return routes + ((int64_t{stream} * s.num_rounds() + round) * s.tokens_per_round() + row) * s.num_topk;
   }
 };
 

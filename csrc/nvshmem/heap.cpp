@@ -106,7 +106,18 @@ std::shared_ptr<cuda::Window> SymmetricHeap::take(const Range& range, const std:
 
 std::shared_ptr<cuda::Window> SymmetricHeap::reach(const cuda::Window& window, int pe, int device) const {
   char* mapped = mapped_at_pe(window.data(), pe);
-  return mapped == nullptr ? nullptr : cuda::Window::lend(mapped, window.bytes(), device, nullptr);
+  if (mapped == nullptr) return nullptr;
+  const cuda::OnDevice on(device);
+  for (const int64_t at : {int64_t{0}, window.bytes() - 1}) {  // a copy is refused where a kernel would break
+    char byte = 0;
+    if (cudaMemcpy(&byte, mapped + at, 1, cudaMemcpyDeviceToHost) == cudaSuccess) continue;
+    cudaGetLastError();
+    throw CommError(text("NVSHMEM says that the memory of PE ", pe, " is mapped here, but byte ", at, " of ",
+                         window.bytes(),
+                         " cannot be read: set NVSHMEM_DISABLE_CUDA_VMM=1, and NVSHMEM_SYMMETRIC_SIZE "
+                         "to what all Buffers take"));
+  }
+  return cuda::Window::lend(mapped, window.bytes(), device, nullptr);
 }
 
 // Free neighbours become one part, with the writers of both.

@@ -1,6 +1,7 @@
 // Every region of a rank's window, listed once. Sizes, offsets, the memory table and the tests come from this list.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -21,6 +22,7 @@ enum class Region : int {
   kCountsFlag,
   kNetCountsFlag,
   kChunkFlag,
+  kChunkCredit,
   kSentFlag,
   kRelayedFlag,
   kReadyFlag,
@@ -52,7 +54,7 @@ template <class Visit>
 void visit_regions(const Shape& s, Visit&& visit) {
   const int64_t ranks = s.topology.num_ranks, locals = s.topology.ranks_per_node, nodes = s.topology.num_nodes();
   const int64_t streams = nodes - 1, counts = CountVector::bytes(s);
-  const int64_t stream_rows = streams * s.max_tokens * StreamRow::max_bytes(s);
+  const int64_t stream_rows = streams * s.staged_rows() * StreamRow::max_bytes(s);
   const int64_t rows = s.slot_rows(), rank_rows = s.slot_rank_rows(), topk_bytes = int64_t{s.num_topk} * 4;
 
   visit(Region::kAbort, "abort", Scope::kOnce, kWordBytes, "abort word");
@@ -65,6 +67,8 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kCountsFlag, "counts_flag", Scope::kPerLane, ranks * kWordBytes, "arrival of counts");
   visit(Region::kNetCountsFlag, "net_counts_flag", Scope::kPerLane, streams * kWordBytes, "arrival of remote counts");
   visit(Region::kChunkFlag, "chunk_flag", Scope::kPerLane, streams * max_chunks(s) * kWordBytes, "arrival of chunks");
+  visit(Region::kChunkCredit, "chunk_credit", Scope::kPerLane,
+        s.num_rounds() > kStagedRounds ? streams * max_chunks(s) * kWordBytes : 0, "chunks whose room is free again");
   visit(Region::kSentFlag, "sent_flag", Scope::kPerLane, locals * kWordBytes, "rows of the node stored");
   visit(Region::kRelayedFlag, "relayed_flag", Scope::kPerLane, locals * kWordBytes, "rows of other nodes stored");
   visit(Region::kReadyFlag, "ready_flag", Scope::kPerLane, locals * kWordBytes, "combine rows readable");
@@ -117,6 +121,20 @@ inline WindowLayout make_layout(const Shape& s) {
     layout.bytes += stride * num_instances(s, scope);
   });
   return layout;
+}
+
+// Shape::round_tokens for at most so many bytes of `net_in` and `net_out` of a lane: 0 where all rows fit, or without a
+// limit (0), else as many tokens as fit.
+inline int round_tokens_for(const Shape& s, int64_t staging_bytes) {
+  const int64_t token_bytes = 2 * int64_t{s.topology.num_peer_nodes()} * StreamRow::max_bytes(s);
+  if (staging_bytes == 0 || s.max_tokens * token_bytes <= staging_bytes) return 0;
+  const int64_t most = std::min<int64_t>(staging_bytes / (kStagedRounds * token_bytes), kMaxRoundTokens);
+  const int64_t least = ceil_div(s.max_tokens, kMaxRounds);
+  const int64_t least_bytes =
+      least > kMaxRoundTokens ? s.max_tokens * token_bytes : kStagedRounds * least * token_bytes;
+  check_argument(most >= least, "staging_bytes must be at least ", least_bytes, " for ", s.max_tokens, " tokens to ",
+                 s.topology.num_peer_nodes(), " other nodes in at most ", kMaxRounds, " rounds, got ", staging_bytes);
+  return static_cast<int>(most);
 }
 
 }  // namespace deep_a2a

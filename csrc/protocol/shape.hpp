@@ -17,6 +17,9 @@ constexpr int kScaleGroupChannels = 128;
 constexpr int kMaxTopk = 32;
 constexpr int kMaxSlots = 64;
 constexpr int kMaxLanes = 16;
+constexpr int kStagedRounds = 2;  // that have room between rail peers: one is filled while another is drained
+constexpr int kMaxRounds = 256;
+constexpr int kMaxRoundTokens = 4095;               // with several rounds: a word has 12 bits for the rows of one
 constexpr int64_t kDefaultChunkBytes = 128 * 1024;  // large enough to hide the cost of a put, small enough to pipeline
 
 struct Shape {
@@ -32,11 +35,21 @@ struct Shape {
   int num_slots = 2;
   int num_lanes = 2;
   int64_t chunk_bytes = kDefaultChunkBytes;  // a chunk has as many rows as fit, at least one
+  int round_tokens = 0;                      // of a source, whose rows go between nodes in one round; 0 for all in one
 
   DEEP_A2A_HOST_DEVICE int num_local_experts() const { return num_experts / topology.num_ranks; }
   DEEP_A2A_HOST_DEVICE int experts_per_node() const { return num_local_experts() * topology.ranks_per_node; }
   DEEP_A2A_HOST_DEVICE int rank_of_expert(int expert) const { return expert / num_local_experts(); }
   DEEP_A2A_HOST_DEVICE int node_of_expert(int expert) const { return expert / experts_per_node(); }
+
+  // Round k of a source has its tokens [k * tokens_per_round(), (k + 1) * tokens_per_round()).
+  DEEP_A2A_HOST_DEVICE int tokens_per_round() const { return round_tokens > 0 ? round_tokens : max_tokens; }
+  DEEP_A2A_HOST_DEVICE int num_rounds() const { return ceil_div(max_tokens, tokens_per_round()); }
+  // Rows of one stream that have room at a time, and the first of them for a round.
+  DEEP_A2A_HOST_DEVICE int staged_rows() const {
+    return tokens_per_round() * (num_rounds() < kStagedRounds ? num_rounds() : kStagedRounds);
+  }
+  DEEP_A2A_HOST_DEVICE int first_staged_row(int round) const { return round % kStagedRounds * tokens_per_round(); }
 
   DEEP_A2A_HOST_DEVICE int64_t all_tokens() const { return int64_t{topology.num_ranks} * max_tokens; }
 
@@ -104,6 +117,11 @@ inline void validate(const Shape& s) {
       " rows is too large (at most 2147483647): lower num_max_tokens_per_rank, max_recv_rows or expert_capacity");
   check_argument(s.num_slots >= 1 && s.num_slots <= kMaxSlots, "num_slots must be between 1 and ", kMaxSlots, ", got ",
                  s.num_slots);
+  check_argument(s.round_tokens >= 0, "round_tokens must be at least 0, got ", s.round_tokens);
+  check_argument(s.num_rounds() == 1 || s.round_tokens <= kMaxRoundTokens, "round_tokens must be at most ",
+                 kMaxRoundTokens, " or all tokens, got ", s.round_tokens);
+  check_argument(s.num_rounds() <= kMaxRounds, "round_tokens must divide ", s.max_tokens, " tokens into at most ",
+                 kMaxRounds, " rounds, got ", s.round_tokens);
   check_argument(s.chunk_bytes >= 1, "chunk_bytes must be at least 1, got ", s.chunk_bytes);
   check_argument(s.num_lanes >= 1 && s.num_lanes <= kMaxLanes, "num_lanes must be between 1 and ", kMaxLanes, ", got ",
                  s.num_lanes);

@@ -11,6 +11,7 @@ enum class Step : int32_t {
   kD0SlotCredit,
   kD2Exchange,
   kD3Bases,
+  kD4SendNodes,
   kD5Relay,
   kD6Sent,
   kD6Relayed,
@@ -39,6 +40,8 @@ inline const char* step_name(Step step) {
       return "D2 exchange";
     case Step::kD3Bases:
       return "D3 bases";
+    case Step::kD4SendNodes:
+      return "D4 send (other nodes)";
     case Step::kD5Relay:
       return "D5 relay";
     case Step::kD6Sent:

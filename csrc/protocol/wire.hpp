@@ -53,9 +53,11 @@ struct CountHeader {
 static_assert(sizeof(CountHeader) == 32 && offsetof(CountHeader, bad_expert) == 24);
 
 // Flags that stand for data carry, below the epoch, what their setter was asked to do. Whoever acquires one compares it
-// with its own call: this is all the agreement that cached dispatches and combines have.
+// with its own call: this is all the agreement that cached dispatches and combines have. With several rounds a chunk's
+// word also says how many rows the chunk's round has in the stream.
 struct Tag {
   static constexpr int kBits = 16;
+  static constexpr int kRowBits = 12;
 
   DEEP_A2A_HOST_DEVICE static uint32_t dispatch(int slot, int format_code, bool cached) {
     return static_cast<uint32_t>(slot) << 8 | static_cast<uint32_t>(format_code) << 1 | (cached ? 1u : 0u);
@@ -64,11 +66,18 @@ struct Tag {
   DEEP_A2A_HOST_DEVICE static uint32_t combine(bool with_side, int part_shift = 0) {
     return 1u << 15 | static_cast<uint32_t>(part_shift) << 1 | (with_side ? 1u : 0u);
   }
-  DEEP_A2A_HOST_DEVICE static uint64_t word(uint64_t epoch, uint32_t tag) { return epoch << kBits | tag; }
+  DEEP_A2A_HOST_DEVICE static uint64_t word(uint64_t epoch, uint32_t tag, int rows = 0) {
+    return epoch << (kBits + kRowBits) | static_cast<uint64_t>(rows) << kBits | tag;
+  }
   DEEP_A2A_HOST_DEVICE static uint32_t of(uint64_t word) { return static_cast<uint32_t>(word & ((1u << kBits) - 1)); }
+  DEEP_A2A_HOST_DEVICE static int rows_of(uint64_t word) {
+    return static_cast<int>(word >> kBits & ((1u << kRowBits) - 1));
+  }
+  DEEP_A2A_HOST_DEVICE static uint64_t epoch_of(uint64_t word) { return word >> (kBits + kRowBits); }
   DEEP_A2A_HOST_DEVICE static int slot(uint32_t tag) { return static_cast<int>(tag >> 8 & (kMaxSlots - 1)); }
 };
 static_assert(kMaxSlots == 64, "a tag has 6 bits for the slot");
+static_assert(kMaxRoundTokens < 1 << Tag::kRowBits);
 
 // A count vector: the header, then rows per node, per rank and per expert, all as int32.
 struct CountVector {
@@ -126,11 +135,15 @@ struct StreamRow {
 
 DEEP_A2A_HOST_DEVICE inline int rows_per_chunk(const Shape& s) {
   const int64_t rows = s.chunk_bytes / StreamRow::max_bytes(s);
-  return static_cast<int>(rows < 1 ? 1 : rows > s.max_tokens ? s.max_tokens : rows);
+  return static_cast<int>(rows < 1 ? 1 : rows > s.tokens_per_round() ? s.tokens_per_round() : rows);
 }
 // Own sums (C1b) become readable in at most that many parts.
 constexpr int kMaxReadyParts = 64;
 
-DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return ceil_div(s.max_tokens, rows_per_chunk(s)); }
+DEEP_A2A_HOST_DEVICE inline int chunks_per_round(const Shape& s) {
+  return ceil_div(s.tokens_per_round(), rows_per_chunk(s));
+}
+// Of a stream in one operation: a word for each, the chunks of a round side by side.
+DEEP_A2A_HOST_DEVICE inline int max_chunks(const Shape& s) { return s.num_rounds() * chunks_per_round(s); }
 
 }  // namespace deep_a2a

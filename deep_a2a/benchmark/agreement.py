@@ -36,3 +36,10 @@ def largest(group: dist.ProcessGroup, *values: float) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
     return [float(value) for value in tensor.tolist()]
+
+
+def total(group: dist.ProcessGroup, *values: int) -> list[int]:
+    """The sum over all ranks, value by value. Collective."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.SUM, group=group)
+    return [int(value) for value in tensor.tolist()]

@@ -102,11 +102,6 @@ class Cell:
                 raise ValueError(f"num_sms is {self.num_sms}; expected None with backend cpu, which has none")
             if self.subject == "overlap":
                 raise ValueError("subject is overlap; expected operations with backend cpu, which has one stream")
-        elif self.ranks_per_node != self.num_ranks:
-            raise ValueError(
-                f"ranks_per_node is {self.ranks_per_node}; expected num_ranks={self.num_ranks} with backend "
-                f"{self.backend}, which stays within a node"
-            )
         if (self.graph and self.stream == "own") or (self.subject == "overlap" and self.stream == "current"):
             raise ValueError(f"stream is {self.stream}; expected current for graphs, and own for subject overlap")
         if self.graph and (self.backend != "cuda" or self.host_sync or self.subject == "overlap"):

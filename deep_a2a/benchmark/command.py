@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deep_a2a.benchmark.agreement import MeasurementError
 from deep_a2a.benchmark.cell import Cell
-from deep_a2a.benchmark.launcher import run_ranks, torchrun_ranks
+from deep_a2a.benchmark.launch import Launch, find_launch
+from deep_a2a.benchmark.launcher import run_ranks
 from deep_a2a.benchmark.options import make_parser
 from deep_a2a.benchmark.record import Backend
 from deep_a2a.benchmark.table import LEGEND, format_table
@@ -25,26 +28,29 @@ def main(argv: Sequence[str] | None = None, prog: str = "deep-a2a bench") -> int
     parser = make_parser(prog)
     options = parser.parse_args(arguments)
     try:
-        cells = make_cells(options)
+        launch = launch_of(options)
+        cells = make_cells(options, launch)
     except ValueError as error:
         parser.error(str(error))
     try:
-        run_cells(cells, f"{prog} {shlex.join(arguments)}".rstrip(), options.json)
+        run_cells(cells, f"{prog} {shlex.join(arguments)}".rstrip(), options.json, launch)
     except MeasurementError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def run_cells(cells: Sequence[Cell], command: str, json_path: Path | None) -> None:
+def run_cells(cells: Sequence[Cell], command: str, json_path: Path | None, launch: Launch | None = None) -> None:
     """Measures cells of one backend and number of ranks, prints the table, and writes the result file if asked.
 
-    Raises what a rank raised; MeasurementError, after the table, if cells failed that could be gone past.
+    Without a `launch` the ranks are processes of this host. Raises what a rank raised; MeasurementError, after the
+    table, if cells failed that could be gone past.
     """
     from deep_a2a.benchmark.job import Job, run_job  # the parser works where the native module is missing
 
-    outcome = run_ranks(run_job, Job(cells, command, json_path), cells[0].num_ranks)
-    if outcome is None:  # another rank of torchrun prints
+    launch = launch or Launch(ranks_per_host=cells[0].num_ranks)
+    outcome = run_ranks(run_job, Job(cells, command, json_path), launch)
+    if outcome is None:  # rank 0 prints, and is elsewhere
         return
     if outcome.results.records:
         print(f"{format_table(outcome.results.records)}\n\n{LEGEND}")
@@ -52,48 +58,49 @@ def run_cells(cells: Sequence[Cell], command: str, json_path: Path | None) -> No
         raise MeasurementError("\n".join((f"{len(outcome.failures)} of {len(cells)} cells failed:", *outcome.failures)))
 
 
-def make_cells(options: argparse.Namespace) -> list[Cell]:
+def make_cells(options: argparse.Namespace, launch: Launch) -> list[Cell]:
     """Every combination of the options that take several values. Raises ValueError as `Cell` does."""
-    num_ranks = default_ranks(options.backend) if options.num_ranks is None else options.num_ranks
-    combinations = itertools.product(
-        options.ranks_per_node or [num_ranks],
-        options.num_tokens, options.num_sms, options.dtype, options.layout, options.routing, options.cached,
-        options.output, options.input,
-    )  # fmt: skip
-    return [
-        Cell(
-            subject="overlap" if options.overlap else "operations",
-            num_ranks=num_ranks,
-            ranks_per_node=ranks_per_node,
-            num_tokens=num_tokens,
-            hidden=options.hidden,
-            num_topk=options.num_topk,
-            num_experts=options.num_experts,
-            dtype=dtype,
-            scale_format=options.scale_format,
-            layout=layout,
-            routing=routing,
-            topk_groups=options.topk_groups,
-            cached=cached == "yes",
-            output=output,
-            input=lent,
-            host_sync=options.host_sync,
-            backend=options.backend,
-            num_sms=num_sms,
-            stream=options.stream,
-            graph=options.graph,
-            gemm_channels=options.gemm_channels,
-            gemm_leaves=options.gemm_leaves,
-            num_iters=options.iters,
-            num_warmup=options.warmup,
-            seed=options.seed,
-            checked=options.check,
-            baseline=options.baseline,
-        )
-        for ranks_per_node, num_tokens, num_sms, dtype, layout, routing, cached, output, lent in combinations
-    ]
+    varied = {
+        "ranks_per_node": options.ranks_per_node or [launch.local_ranks],
+        "topk_groups": options.topk_groups,
+        "num_tokens": options.num_tokens,
+        "num_sms": options.num_sms,
+        "dtype": options.dtype,
+        "layout": options.layout,
+        "routing": options.routing,
+        "cached": [choice == "yes" for choice in options.cached],
+        "output": options.output,
+        "input": options.input,
+    }
+    same: dict[str, Any] = {
+        "subject": "overlap" if options.overlap else "operations",
+        "num_ranks": launch.num_ranks,
+        "hidden": options.hidden,
+        "num_topk": options.num_topk,
+        "num_experts": options.num_experts,
+        "scale_format": options.scale_format,
+        "host_sync": options.host_sync,
+        "backend": options.backend,
+        "stream": options.stream,
+        "graph": options.graph,
+        "gemm_channels": options.gemm_channels,
+        "gemm_leaves": options.gemm_leaves,
+        "num_iters": options.iters,
+        "num_warmup": options.warmup,
+        "seed": options.seed,
+        "checked": options.check,
+        "baseline": options.baseline,
+    }
+    combinations = itertools.product(*varied.values())
+    return [Cell(**same, **dict(zip(varied, values, strict=True))) for values in combinations]
+
+
+def launch_of(options: argparse.Namespace) -> Launch:
+    """Who starts which ranks, by the options of `add_launch_options` and the environment. Raises ValueError."""
+    launch = find_launch(os.environ, options.nnodes, options.node_rank, options.rendezvous)
+    return launch.with_ranks(options.num_ranks, default_ranks(options.backend))
 
 
 def default_ranks(backend: Backend) -> int:
-    """Torchrun's, if it started this process; else one for each GPU, or as many as a `Cell` has."""
-    return torchrun_ranks() or (torch.cuda.device_count() if backend == "cuda" else 0) or Cell().num_ranks
+    """Of a host: one for each GPU, or as many as a `Cell` has."""
+    return (torch.cuda.device_count() if backend == "cuda" else 0) or Cell().num_ranks

@@ -16,9 +16,11 @@ from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.gpus import describe_gpus
 from deep_a2a.benchmark.machine import describe_machine
 from deep_a2a.benchmark.measure import CellRun
+from deep_a2a.benchmark.network import prepare_network
 from deep_a2a.benchmark.overlap import OverlapRun
 from deep_a2a.benchmark.record import Record, ResultFile
 from deep_a2a.benchmark.session import Session
+from deep_a2a.nvshmem_environment import nics
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def run_job(group: dist.ProcessGroup, job: Job) -> Outcome:
     journal.say(f"{len(job.cells)} cells on {dist.get_world_size(group)} ranks, backend {job.cells[0].backend}")
     session = Session(group, job.cells[0].backend)
     with session.place.current():
-        session.open()
+        prepare_network(job.cells)
+        session.open({cell.ranks_per_node for cell in job.cells}, {cell.num_sms for cell in job.cells if cell.num_sms})
         journal.open(session)
         for number, cell in enumerate(job.cells, start=1):
             journal.say(f"[{number}/{len(job.cells)}] {cell.describe()}")
@@ -65,8 +68,9 @@ def run_job(group: dist.ProcessGroup, job: Job) -> Outcome:
                 journal.add(run(session, cell).run())
             except MeasurementError as error:
                 journal.fail(cell, error)
-                if session.stream_gate is not None:
-                    session.renew_gate()
+                fabric = session.fabric(cell)
+                if fabric is not None:
+                    fabric.renew_gate()
         journal.say("done")
         session.close()
     return Outcome(journal.results, journal.failures)
@@ -84,10 +88,15 @@ class Journal:
 
     def open(self, session: Session) -> None:
         machine = {**describe_machine(), **describe_gpus(session.place.device)}
-        if session.link is not None:
-            machine["link"] = session.link.to_json()
-            for speed in session.link.speeds:
-                self.say(f"link: {speed.direction} on {speed.num_sms} SMs {speed.gbs:.1f} GB/s")
+        if session.hosts.count > 1:
+            machine |= {"hosts": session.hosts.count, "nics": nics()}
+        for fabric in session.fabrics.values():
+            for name, speeds in fabric.to_json().items():
+                machine.setdefault(name, []).extend(speeds)
+            if fabric.network is not None:
+                machine["network_carrier"] = fabric.network.carrier
+            for line in fabric.describe():
+                self.say(line)
         self.results = replace(self.results, machine=machine)
 
     def say(self, text: str) -> None:

@@ -1,4 +1,7 @@
-"""What the links between GPUs carry: plain bulk copies from every rank to every other at once, on a few SMs or many."""
+"""What the links within a node carry: bulk copies from every rank to the others of its node, on a few SMs or more.
+
+All nodes do it at once. A node is all ranks, unless something else is said.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from deep_a2a.benchmark.agreement import agree, attempt
 from deep_a2a.benchmark.place import Place
 from deep_a2a.benchmark.record import WireBytes
 from deep_a2a.benchmark.stream_gate import StreamGate
+from deep_a2a.benchmark.wire_bytes import link_time_ratio
 
 if TYPE_CHECKING:
     from deep_a2a._cuda import Meter
@@ -54,10 +58,13 @@ class Link:
         return [asdict(speed) for speed in self.speeds]
 
 
-def make_meter(group: dist.ProcessGroup, place: Place, bytes_per_peer: int, timeout_s: float) -> Meter:
-    """A meter on each rank, with room to copy `bytes_per_peer` to and from every other. Collective."""
+def make_meter(
+    group: dist.ProcessGroup, place: Place, bytes_per_peer: int, timeout_s: float, ranks_per_node: int | None = None
+) -> Meter:
+    """A meter on each rank, with room to copy `bytes_per_peer` to and from every other of its node. Collective."""
     native, rank, num_ranks = place.native(), dist.get_rank(group), dist.get_world_size(group)
-    nbytes = meter_bytes(num_ranks, bytes_per_peer)
+    size = num_ranks if ranks_per_node is None else ranks_per_node
+    local_rank, nbytes = rank % size, meter_bytes(size, bytes_per_peer)
     windows: list[Any] = []
     agree(group, attempt(lambda: windows.append(native.Window.create(nbytes, place.device_idx))))
     own = windows[0]
@@ -66,33 +73,43 @@ def make_meter(group: dist.ProcessGroup, place: Place, bytes_per_peer: int, time
 
     def open_all() -> None:
         windows[:] = [
-            own if peer == rank else native.Window.open(handle, nbytes, place.device_idx)
-            for peer, handle in enumerate(handles)
+            own if peer == local_rank else native.Window.open(handle, nbytes, place.device_idx)
+            for peer, handle in enumerate(handles[rank - local_rank : rank - local_rank + size])
         ]
 
     agree(group, attempt(open_all))
-    meter: Meter = native.Meter(rank=rank, device=place.device_idx, windows=windows, timeout_s=timeout_s)
+    meter: Meter = native.Meter(rank=local_rank, device=place.device_idx, windows=windows, timeout_s=timeout_s)
     return meter
 
 
-def measure_link(gate: StreamGate, place: Place, bytes_per_peer: int, num_sms: Sequence[int]) -> Link | None:
-    """The speed in both directions on each number of SMs; None for a rank that is alone. Collective."""
-    num_ranks = gate.num_ranks
-    if num_ranks == 1:
+def measure_link(
+    gate: StreamGate, meter: Meter, num_peers: int, place: Place, bytes_per_peer: int, num_sms: Sequence[int]
+) -> Link | None:
+    """The speed in both directions on each number of SMs; None for ranks without peers on their node. Collective."""
+    if num_peers == 0:
         return None
     native, nbytes = place.native(), whole_pieces(bytes_per_peer)
     speeds = []
     for direction, sms in itertools.product(get_args(Direction), num_sms):
         copy = partial(
-            gate.meter.copy_all_to_all, direction=getattr(native.Direction, direction), nbytes=nbytes, num_sms=sms
+            meter.copy_all_to_all, direction=getattr(native.Direction, direction), nbytes=nbytes, num_sms=sms
         )
         gate.measure(partial(_on, copy), "released")  # loaded while nothing is held: loading may wait for all kernels
         times = [gate.measure(partial(_on, copy)) for _ in range(_NUM_WARMUP + _NUM_ITERS)]
         microseconds = statistics.median(times[_NUM_WARMUP:])
-        speeds.append(LinkSpeed(direction, sms, round(nbytes * (num_ranks - 1) / microseconds / 1e3, 3)))
+        speeds.append(LinkSpeed(direction, sms, six_digits(nbytes * num_peers / microseconds / 1e3)))
+    return Link(speeds, shared_note(place, gate.num_ranks))
+
+
+def shared_note(place: Place, num_ranks: int) -> str:
+    """What there is to say of a speed where ranks share GPUs."""
     shared = place.num_gpus is not None and place.num_gpus < num_ranks
-    note = f"; {num_ranks} ranks share {place.num_gpus} GPU(s), so this is their memory too" if shared else ""
-    return Link(speeds, note)
+    return f"; {num_ranks} ranks share {place.num_gpus} GPU(s), so this is their memory too" if shared else ""
+
+
+def six_digits(value: float) -> float:
+    """What is worth keeping of a speed, whether of a GPU or of the emulator."""
+    return float(f"{value:.6g}")
 
 
 def _on(copy: Callable[..., None], stream: int) -> None:
@@ -112,9 +129,9 @@ def whole_pieces(nbytes: int) -> int:
 def ceiling_fields(
     total_us: float, wire: WireBytes, ceiling_gbs: float | None, ceiling_of: str | None
 ) -> dict[str, float | str | None]:
-    """What a record says of the link: its ceiling, and the total over the time that the busiest class takes at it."""
-    if ceiling_gbs is None:
-        return {"ceiling_gbs": None, "ceiling_of": None, "link_time_ratio": None}
-    link_us = wire.slowest / ceiling_gbs / 1e3
-    ratio = round(total_us / link_us, 3) if link_us > 0 else None
-    return {"ceiling_gbs": round(ceiling_gbs, 3), "ceiling_of": ceiling_of, "link_time_ratio": ratio}
+    """What a record of one node, or of the cpu backend, says of the link: its ceiling, and the total over its time."""
+    return {
+        "ceiling_gbs": None if ceiling_gbs is None else round(ceiling_gbs, 3),
+        "ceiling_of": None if ceiling_gbs is None else ceiling_of,
+        "link_time_ratio": link_time_ratio(total_us, wire, ceiling_gbs, None),
+    }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from deep_a2a import Buffer
 from deep_a2a.benchmark import plain
-from deep_a2a.benchmark.agreement import MeasurementError, agree, attempt, largest
+from deep_a2a.benchmark.agreement import MeasurementError, agree, attempt, largest, total
 from deep_a2a.benchmark.alltoall import AllToAll
 from deep_a2a.benchmark.ceiling import CopyCeiling
 from deep_a2a.benchmark.cell import Cell
@@ -21,6 +21,7 @@ from deep_a2a.benchmark.clock import Gate
 from deep_a2a.benchmark.contenders import AllToAllContender, BufferContender, Contender, Counting
 from deep_a2a.benchmark.graph import GraphContender
 from deep_a2a.benchmark.link import ceiling_fields
+from deep_a2a.benchmark.make_buffer import make_buffer
 from deep_a2a.benchmark.record import Record
 from deep_a2a.benchmark.session import Session
 from deep_a2a.benchmark.stream_gate import Enqueue
@@ -51,6 +52,8 @@ class CellRun:
         self._y = torch.zeros(num_rows, cell.hidden, dtype=torch.bfloat16, device=session.place.device)
         self._gate = Gate(session.group)
         self._times: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._put_bytes: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self._buffer: Buffer | None = None
 
     def run(self) -> list[Record]:
         """Measures, and returns the records of dispatch and of combine. MeasurementError on every rank if it fails."""
@@ -62,6 +65,7 @@ class CellRun:
         }
         copies = CopyCeiling(session.group, traffic["dispatch"].wire.total) if cell.backend == "cpu" else None
         with make_buffer(session, cell, self._num_rows, self._capacity) as buffer:
+            self._buffer = buffer
             contenders = self._contenders(buffer)
             if cell.backend != "cpu":
                 contenders = [each for each in contenders if self._rehearse(*each)]
@@ -73,13 +77,9 @@ class CellRun:
             for _, contender in contenders:
                 contender.close()
             dist.barrier(group=session.group)
-        if copies is not None:
-            ceiling, of = copies.gbs(self._median("ceiling", "copy")), "memmove into a neighbour's window"
-        elif session.link is not None:
-            ceiling, of = session.link.ceiling.gbs, session.link.describe()
-        else:
-            ceiling, of = None, None
-        return [self._record(op, each, ceiling, of) for op, each in traffic.items()]
+        self._buffer = None
+        speed = None if copies is None else copies.gbs(self._median("ceiling", "copy"))
+        return [self._record(op, each, speed) for op, each in traffic.items()]
 
     def _contenders(self, buffer: Buffer) -> list[tuple[str, Contender]]:
         cell, session = self._cell, self._session
@@ -177,19 +177,28 @@ class CellRun:
     def _time(
         self, name: str, op: str, operation: Callable[[], object], undo: Callable[[], None] | None = None
     ) -> None:
-        if self._session.stream_gate is not None:
-            waits = self._cell.host_sync and name == "subject" and op == "dispatch"
-            enqueue: Enqueue = "released" if waits else "held"
-            self._times[name, op].append(self._session.stream_gate.measure(lambda _: operation(), enqueue))
-            return
         for _ in range(_MAX_LATE_STARTS):
-            microseconds = self._gate.measure(operation)
+            before = self._put_so_far()
+            microseconds = self._sample(name, op, operation)
             if microseconds is not None:
                 self._times[name, op].append(microseconds)
+                self._put_bytes[name, op].append(self._put_so_far() - before)
                 return
             if undo is not None:
                 undo()
         raise RuntimeError(f"{_MAX_LATE_STARTS} times in a row some rank was too late to start with the others")
+
+    def _sample(self, name: str, op: str, operation: Callable[[], object]) -> float | None:
+        fabric = self._session.fabric(self._cell)
+        if fabric is None:
+            return self._gate.measure(operation)
+        waits = self._cell.host_sync and name == "subject" and op == "dispatch"
+        enqueue: Enqueue = "released" if waits else "held"
+        return fabric.gate.measure(lambda _: operation(), enqueue)
+
+    def _put_so_far(self) -> int:
+        """Bytes that this rank's Buffer has put to other nodes."""
+        return 0 if self._buffer is None or self._cell.num_nodes == 1 else self._buffer.wire_bytes["network"]
 
     def _median(self, name: str, op: str) -> float:
         return statistics.median(self._times[name, op][self._cell.num_warmup :])
@@ -197,8 +206,13 @@ class CellRun:
     def _largest(self, value: int) -> int:
         return int(largest(self._session.group, value)[0])
 
-    def _record(self, op: str, traffic: Traffic, ceiling_gbs: float | None, ceiling_of: str | None) -> Record:
+    def _record(self, op: str, traffic: Traffic, copy_gbs: float | None) -> Record:
         cell, total_us = self._cell, self._median("subject", op)
+        fabric = self._session.fabric(cell)
+        if fabric is None:
+            links = ceiling_fields(total_us, traffic.wire, copy_gbs, "memmove into a neighbour's window")
+        else:
+            links = fabric.fields(total_us, traffic.wire, cell.num_sms)
         return cell.record(
             op=op,
             output=cell.output if op == "dispatch" else "owned",  # combine returns ordinary tensors
@@ -206,30 +220,18 @@ class CellRun:
             total_us=round(total_us, 1),
             wire_bytes=traffic.wire,
             logical_bytes=traffic.logical_bytes,
-            **ceiling_fields(total_us, traffic.wire, ceiling_gbs, ceiling_of),
+            **links,
+            **self._network_bytes(op, traffic),
             baseline=self._session.baseline_name if self._has_baseline else None,
             baseline_us=round(self._median("baseline", op), 1) if self._has_baseline else None,
         )
 
-
-def make_buffer(session: Session, cell: Cell, num_expert_rows: int, capacity: int) -> Buffer:
-    """The Buffer that a cell asks for; MeasurementError on every rank where it cannot be made. Collective."""
-    made: list[Buffer] = []
-    construct = partial(
-        Buffer,
-        session.group,
-        hidden=cell.hidden,
-        num_experts=cell.num_experts,
-        num_topk=cell.num_topk,
-        num_max_tokens_per_rank=cell.num_tokens,
-        ranks_per_node=cell.ranks_per_node,
-        backend=cell.backend,
-        layout=cell.layout,
-        expert_capacity=capacity if cell.layout == "padded" else None,
-        max_recv_rows=num_expert_rows if cell.layout == "expert" else None,
-        timeout_s=session.timeout_s,
-        num_sms=cell.num_sms,
-        **session.place.buffer_options(cell.stream),
-    )
-    agree(session.group, attempt(lambda: made.append(construct())))
-    return made[0]
+    def _network_bytes(self, op: str, traffic: Traffic) -> dict[str, int]:
+        """What all ranks put to other nodes, and the least that they had to: means of the iterations that count."""
+        if self._cell.num_nodes == 1:
+            return {}
+        put = total(self._session.group, sum(self._put_bytes["subject", op][self._cell.num_warmup :]))[0]
+        return {
+            "network_put_bytes": round(put / self._cell.num_iters),
+            "network_least_bytes": traffic.least_network_bytes,
+        }

@@ -14,9 +14,10 @@ from deep_a2a.routing import KINDS
 
 _DESCRIPTION = """\
 Measures dispatch and combine, and the same work done by torch.distributed.all_to_all_single on the same ranks.
-Starts its ranks as processes of this host; under torchrun it uses torchrun's. Options that take several values run
-every combination. Times are of the slowest rank, from a common start until the outputs can be read, median over the
-iterations; every iteration has fresh data and is compared with a plain computation.
+Starts its ranks as processes of this host, or with --nnodes of several hosts; under torchrun and srun it is a rank.
+Options that take several values run every combination. Times are of the slowest rank, from a common start until the
+outputs can be read, median over the iterations; every iteration has fresh data and is compared with a plain
+computation.
 """
 
 
@@ -36,13 +37,11 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help=f"tokens of each rank (default: {cell.num_tokens})",
     )  # fmt: skip
     topology = parser.add_argument_group("topology")
+    add_launch_options(topology)
     topology.add_argument(
-        "--num-ranks", type=int, metavar="N",
-        help=f"ranks (default: torchrun's, if it started this process; one a GPU; {cell.num_ranks} without GPUs)",
+        "--ranks-per-node", type=int, nargs="+", metavar="N",
+        help="ranks of a node; fewer than a host has pretend that it is several (default: those of a host)",
     )  # fmt: skip
-    topology.add_argument(
-        "--ranks-per-node", type=int, nargs="+", metavar="N", help="ranks of a (pretended) node (default: all)"
-    )
     topology.add_argument(
         "--backend", choices=get_args(Backend), default=default_backend(),
         help="emulated: the GPU's kernels on the CPU, for tests at tiny sizes; its times mean nothing "
@@ -68,7 +67,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     routing = parser.add_argument_group("routing")
     _add_choices(routing, "routing", KINDS, cell.routing, "how tokens choose experts")
-    routing.add_argument("--topk-groups", type=int, metavar="N", help="nodes that a token may go to (default: any)")
+    routing.add_argument(
+        "--topk-groups", type=int, nargs="+", default=[None], metavar="N",
+        help="the node limit: nodes that a token may go to (default: any)",
+    )  # fmt: skip
     mode = parser.add_argument_group("mode")
     _add_choices(mode, "cached", ("no", "yes"), "no", "whether dispatch reuses the routing of an earlier one")
     _add_choices(
@@ -103,6 +105,21 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     run.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave the baseline out")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the records, and the machine, to FILE")
     return parser
+
+
+def add_launch_options(group: argparse._ActionsContainer) -> None:
+    """How many ranks, and on which hosts: `command.launch_of` takes them."""
+    group.add_argument(
+        "--num-ranks", type=int, metavar="N",
+        help="ranks of all hosts (default: those that torchrun or srun started; one a GPU; "
+        f"{Cell().num_ranks} without GPUs)",
+    )  # fmt: skip
+    group.add_argument(
+        "--nnodes", type=int, metavar="N",
+        help="hosts, on each of which this command is started with the same options but for --node-rank",
+    )  # fmt: skip
+    group.add_argument("--node-rank", type=int, metavar="I", help="which of the hosts this is, from 0 (srun tells)")
+    group.add_argument("--rendezvous", metavar="HOST:PORT", help="host 0, and a port there that is free (srun tells)")
 
 
 def _add_int(group: argparse._ArgumentGroup, name: str, default: int, text: str) -> None:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from deep_a2a.benchmark.agreement import agree, attempt
 from deep_a2a.benchmark.contenders import BufferContender
-from deep_a2a.benchmark.link import ceiling_fields
-from deep_a2a.benchmark.measure import CellRun, make_buffer
+from deep_a2a.benchmark.make_buffer import make_buffer
+from deep_a2a.benchmark.measure import CellRun
 from deep_a2a.benchmark.products import Products, leaving
-from deep_a2a.benchmark.record import Record, WireBytes
+from deep_a2a.benchmark.record import Record
 from deep_a2a.benchmark.traffic import combine_traffic, dispatch_traffic, mean_traffic
 
 _NAME = "overlap"
@@ -103,21 +103,16 @@ class OverlapRun(CellRun):
         counted = [routing.topk_idx for routing in self._routings[cell.num_warmup :]]
         there = mean_traffic([dispatch_traffic(cell, idx) for idx in counted])
         back = mean_traffic([combine_traffic(cell, idx) for idx in counted])
-        wire = WireBytes(nvlink=there.wire.nvlink + back.wire.nvlink)
+        wire, fabric = there.wire + back.wire, session.fabric(cell)
+        assert fabric is not None, "a cell on the cpu backend is no overlap"
         times = {op: round(self._median(_NAME, op), 1) for op in ("gemm_alone", "gemm_beside", "comm_alone", "both")}
-        link = session.link
         return cell.record(
             op="overlap",
             num_gpus=session.place.num_gpus,
             total_us=times["both"],
             wire_bytes=wire,
             logical_bytes=there.logical_bytes + back.logical_bytes,
-            **ceiling_fields(
-                times["comm_alone"],
-                wire,
-                None if link is None else link.ceiling.gbs,
-                None if link is None else link.describe(),
-            ),
+            **fabric.fields(times["comm_alone"], wire, cell.num_sms),
             **{f"{op}_us": microseconds for op, microseconds in times.items()},
             gemm=self._products.describe(),
         )

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from deep_a2a.benchmark.figures import Figures
+from deep_a2a.benchmark.wire_bytes import LINK_CLASSES as LINK_CLASSES
+from deep_a2a.benchmark.wire_bytes import WireBytes as WireBytes
+
 Op = Literal["dispatch", "combine", "overlap"]
 Backend = Literal["cpu", "cuda", "emulated"]
 Dtype = Literal["bf16", "fp8", "fp8_cast"]
@@ -22,52 +26,32 @@ Input = Literal["lent", "copied"]
 StreamName = Literal["own", "current"]
 ScaleFormat = Literal["float32", "ue8m0"]
 
-LINK_CLASSES = ("nvlink", "network", "shm")
 _OVERLAP_TIMES = ("gemm_alone_us", "gemm_beside_us", "comm_alone_us", "both_us")
 _OVERLAP_FIELDS = (*_OVERLAP_TIMES, "gemm")
 _DEVICE_FIELDS = ("devices", "slowest_us", "run")
+_NETWORK_FIELDS = (
+    "network_put_bytes", "network_least_bytes", "network_ceiling_gbs", "network_ceiling_of",
+    "network_ceiling_at_sms_gbs", "network_ratio",
+)  # fmt: skip
+_NETWORK_RATES = ("nvlink_gbs", "network_gbs", "network_header_share")
 _CHOICES = {"op": Op, "backend": Backend, "dtype": Dtype, "layout": Layout, "output": Output, "input": Input}
 _COUNT_FIELDS = ("num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts")
-_TIME_FIELDS = ("total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", "slowest_us", *_OVERLAP_TIMES)
+_POSITIVE_FIELDS = (
+    "total_us", "kernel_us", "baseline_us", "ceiling_gbs", "link_time_ratio", "slowest_us", *_OVERLAP_TIMES,
+    "network_ceiling_gbs", "network_ceiling_at_sms_gbs", "network_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class WireBytes:
-    """Bytes of rows (payload and scales) that leave or enter the busiest rank, by link class.
-
-    For each class the larger of bytes sent and bytes received, of the rank where that is largest.
-    """
-
-    nvlink: int = 0
-    network: int = 0
-    shm: int = 0
-
-    def __post_init__(self) -> None:
-        for name in LINK_CLASSES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"wire_bytes.{name} is {value!r}; expected a number of bytes, 0 or more")
-
-    @property
-    def total(self) -> int:
-        """Bytes of all classes."""
-        return self.nvlink + self.network + self.shm
-
-    @property
-    def slowest(self) -> int:
-        """Bytes of the class that carries most."""
-        return max(self.nvlink, self.network, self.shm)
-
-
-@dataclass(frozen=True)
-class Record:
+class Record(Figures):
     """One operation, measured.
 
     Times are in microseconds: of the slowest rank, median over `num_iters` iterations. `total_us` counts from the
     common release of all ranks until the outputs may be read; `kernel_us` is the main kernel alone (cuda).
     `wire_bytes` and `logical_bytes` are of the busiest rank; logical bytes are received rows, own rows included.
-    `ceiling_gbs` is what the link carries per rank (1e9 bytes a second), measured in the same run as `ceiling_of` says;
-    `link_time_ratio` is `total_us` over the time that the busiest link class needs at the ceiling. `baseline_us` is
+    `ceiling_gbs` is what the link within a node carries per rank (1e9 bytes a second), measured in the same run as
+    `ceiling_of` says; `link_time_ratio` is `total_us` over the time that the link class which takes longest needs at
+    its ceiling, of a node or of the network. `baseline_us` is
     the same work done by `baseline` in the same run. `checked` is True only if the results of every counted iteration
     were compared with a plain computation. `topk_groups` is None without node-limited routing, `scale_format` None
     for BF16 payloads. `stream` is where the kernels run: on one of the Buffer or on the caller's. `num_sms` is None
@@ -81,6 +65,12 @@ class Record:
     Records with `devices`, the GPU of each rank, have all ranks in one process (bench/kernels.py): `total_us`,
     `wire_bytes`, `logical_bytes` and `ceiling_gbs` are those of rank 0, `slowest_us` is the time of the slowest rank.
     `run` numbers the runs of a file that was put together from several.
+
+    Records of several nodes have `network_put_bytes`, what the backend says that all ranks together put to other nodes,
+    headers included, and `network_least_bytes`, one row for each token and other node that it goes to.
+    `network_ceiling_gbs` is what plain puts carried per rank in the same run, as `network_ceiling_of` says,
+    `network_ceiling_at_sms_gbs` the same with no more than `num_sms` SMs; `network_ratio` is `total_us` over the time
+    that `wire_bytes.network` need at that ceiling. The cpu backend, whose network is memory, has no ceiling of it.
     """
 
     op: Op
@@ -123,6 +113,12 @@ class Record:
     devices: tuple[int, ...] | None = None
     slowest_us: float | None = None
     run: int | None = None
+    network_put_bytes: int | None = None
+    network_least_bytes: int | None = None
+    network_ceiling_gbs: float | None = None
+    network_ceiling_of: str | None = None
+    network_ceiling_at_sms_gbs: float | None = None
+    network_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -140,7 +136,7 @@ class Record:
             raise ValueError(
                 f"ranks_per_node is {self.ranks_per_node}; expected a divisor of num_ranks={self.num_ranks}"
             )
-        for name in _TIME_FIELDS:
+        for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value <= 0):
                 raise ValueError(f"{name} is {value!r}; expected a positive number")
@@ -153,6 +149,15 @@ class Record:
         if given != expected:
             raise ValueError(f"op {self.op!r} has the overlap fields {given}; expected {expected}")
         self._check_devices()
+        self._check_network()
+
+    def _check_network(self) -> None:
+        given = [name for name in _NETWORK_FIELDS if getattr(self, name) is not None]
+        if given and self.num_nodes == 1:
+            raise ValueError(f"there is one node, but {', '.join(given)} of several; expected None")
+        for name in ("network_put_bytes", "network_least_bytes"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name), least=0)
 
     def _check_devices(self) -> None:
         if (self.devices is None) != (self.slowest_us is None):
@@ -168,56 +173,25 @@ class Record:
         if self.run is not None:
             _require_count("run", self.run, least=1)
 
-    @property
-    def speedup(self) -> float | None:
-        """How many times as fast as the baseline."""
-        return None if self.baseline_us is None else self.baseline_us / self.total_us
-
-    @property
-    def logical_gbs(self) -> float:
-        """Logical bytes over total time, in 1e9 bytes a second."""
-        return self.logical_bytes / self.total_us / 1e3
-
-    @property
-    def wire_gbs(self) -> float:
-        """Bytes of the busiest link class over total time, in 1e9 bytes a second."""
-        return self.wire_bytes.slowest / self.total_us / 1e3
-
-    @property
-    def link_efficiency(self) -> float | None:
-        """Share of the measured ceiling that the busiest link class reaches."""
-        return None if self.ceiling_gbs is None else self.wire_gbs / self.ceiling_gbs
-
-    @property
-    def gbs_per_sm(self) -> float | None:
-        """What one SM moves, rows that stay on their GPU included, in 1e9 bytes a second."""
-        return None if self.num_sms is None else self.logical_gbs / self.num_sms
-
-    @property
-    def share_hidden(self) -> float | None:
-        """Of communication time, the part that does not show beside the products; their slowdown counts against it."""
-        if self.gemm_alone_us is None or self.comm_alone_us is None or self.both_us is None:
-            return None
-        return (self.gemm_alone_us + self.comm_alone_us - self.both_us) / self.comm_alone_us
-
-    @property
-    def gemm_slowdown(self) -> float | None:
-        """By how much longer the products take beside communication: 0.06 is 6 %."""
-        if self.gemm_alone_us is None or self.gemm_beside_us is None:
-            return None
-        return self.gemm_beside_us / self.gemm_alone_us - 1
-
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values; overlap fields and those of `devices` appear only in records that have them."""
+        """A dictionary of plain values. Fields that only some records have appear only there.
+
+        Records of several nodes bring the rates of their links, for whoever reads the file.
+        """
         values = dataclasses.asdict(self)
         if self.op != "overlap":
             for name in _OVERLAP_FIELDS:
                 del values[name]
-        return {name: value for name, value in values.items() if value is not None or name not in _DEVICE_FIELDS}
+        if self.num_nodes > 1:
+            rates = {name: getattr(self, name) for name in _NETWORK_RATES}
+            values |= {name: float(f"{rate:.6g}") for name, rate in rates.items() if rate is not None}
+        rare = (*_DEVICE_FIELDS, *_NETWORK_FIELDS)
+        return {name: value for name, value in values.items() if value is not None or name not in rare}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
         """The inverse of `to_json`; unknown and missing fields raise ValueError."""
+        values = {name: value for name, value in values.items() if name not in _NETWORK_RATES}
         known = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))

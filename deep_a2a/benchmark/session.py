@@ -1,7 +1,8 @@
-"""What the cells of a run share on one rank: where its tensors are, its gate, the link's speed, and routings."""
+"""What the cells of a run share on one rank: where its tensors are, gates, the links' speeds, and routings."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,17 +11,14 @@ import torch.distributed as dist
 
 from deep_a2a.benchmark import plain
 from deep_a2a.benchmark.cell import Cell
-from deep_a2a.benchmark.link import Link, make_meter, measure_link
+from deep_a2a.benchmark.fabric import Fabric
+from deep_a2a.benchmark.hosts import Hosts
 from deep_a2a.benchmark.place import Place
 from deep_a2a.benchmark.record import Backend
-from deep_a2a.benchmark.stream_gate import StreamGate
 from deep_a2a.benchmark.workload import Routing, Workload
 
 _NCCL_TIMEOUT_S = 60
 _TIMEOUT_S = {"cpu": 300.0, "cuda": 20.0, "emulated": 120.0}
-# What the emulator is asked for is small, since it takes a second for what a GPU does in a microsecond.
-_LINK_BYTES_PER_PEER = {"cuda": 48 << 20, "emulated": 14336}
-_LINK_SMS = {"cuda": (4, 8, 16, 24, 32), "emulated": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -32,31 +30,46 @@ class Routed:
 
 
 class Session:
-    """One rank's share of a run. Collective, as are its methods and the gate. `open` comes first, within `place`."""
+    """One rank's share of a run. Collective, as are its methods and the gates. `open` comes first, within `place`."""
 
     def __init__(self, group: dist.ProcessGroup, backend: Backend) -> None:
         self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.place = Place.of(backend, self.rank, self.num_ranks)
+        self.hosts = Hosts.of(group)
+        if backend != "cuda" and self.hosts.count > 1:
+            raise ValueError(f"backend is {backend}, but the ranks are on {self.hosts.count} hosts; expected one")
+        self.place = Place.of(backend, group, self.hosts)
         self.timeout_s = _TIMEOUT_S[backend]
-        self.stream_gate: StreamGate | None = None
-        self.link: Link | None = None
+        self.fabrics: dict[int, Fabric] = {}
         self.rows_group: dist.ProcessGroup | None = None
         self._routed: dict[tuple[object, ...], Routed] = {}
 
-    def open(self) -> None:
-        """Makes the gate and measures the link."""
+    def open(self, ranks_per_node: Iterable[int] | None = None, num_sms: Iterable[int] = ()) -> None:
+        """Makes gates for nodes of these sizes (by default all ranks are one), and measures their links.
+
+        num_sms: what the cells take, on which the network is measured too. Raises ValueError where a node would not lie
+        on one host.
+        """
+        sizes = sorted({*(ranks_per_node or [self.num_ranks])}, reverse=True)
+        for size in sizes:
+            self.hosts.require_whole_nodes(size)
         self.rows_group = self._make_rows_group()
-        backend = self.place.backend
-        if backend != "cpu":
-            gate = self.renew_gate()
-            self.link = measure_link(gate, self.place, _LINK_BYTES_PER_PEER[backend], _LINK_SMS[backend])
+        if self.place.backend == "cpu":
+            return
+        for size in sizes:
+            self.fabrics[size] = Fabric(self.group, self.place, size, self.timeout_s)
+            self.fabrics[size].measure(num_sms)
 
     def close(self) -> None:
         """Nobody frees memory that another rank may still be looking at."""
         dist.barrier(group=self.group)
         if self.rows_group is not None and self.rows_group is not self.group:
             dist.destroy_process_group(self.rows_group)
-        self.rows_group = self.stream_gate = None
+        self.rows_group = None
+        self.fabrics.clear()
+
+    def fabric(self, cell: Cell) -> Fabric | None:
+        """What connects the cell's nodes; None on the cpu backend, which has neither streams nor links."""
+        return None if self.place.backend == "cpu" else self.fabrics[cell.ranks_per_node]
 
     @property
     def baseline_name(self) -> str | None:
@@ -70,14 +83,6 @@ class Session:
     def give_up_baseline(self) -> None:
         """From here on there is none. On every rank alike."""
         self.rows_group = None
-
-    def renew_gate(self) -> StreamGate:
-        """A gate that has not given up. Collective."""
-        num_bytes = _LINK_BYTES_PER_PEER[self.place.backend]
-        self.stream_gate = None
-        meter = make_meter(self.group, self.place, num_bytes, self.timeout_s)
-        self.stream_gate = StreamGate(self.group, self.place, meter)
-        return self.stream_gate
 
     def routed(self, cell: Cell) -> Routed:
         """The routings of a cell, on this rank's device; cells that route alike share them. Collective."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,19 @@ import torch.distributed as dist
 from deep_a2a.benchmark.agreement import agree, attempt, largest
 from deep_a2a.benchmark.place import Place
 
-if TYPE_CHECKING:
-    from deep_a2a._cuda import Meter
-
 Enqueue = Literal["held", "released"]
+
+_POLL_S = 2e-4
+
+
+class Gatekeeper(Protocol):
+    """A native Meter, within a node, or PutMeter, across nodes."""
+
+    def hold(self, stream: int) -> None: ...
+
+    def open(self) -> None: ...
+
+    def late(self) -> bool: ...
 
 
 class Stopwatch(Protocol):
@@ -35,7 +44,8 @@ class Stopwatch(Protocol):
     @property
     def stream(self) -> int: ...
 
-    def hold(self, meter: Meter) -> None: ...
+    def hold(self, meter: Any) -> None:
+        """`meter`: a native Meter, or across nodes a PutMeter."""
 
     def start(self) -> None: ...
 
@@ -58,7 +68,7 @@ class GpuStopwatch:
     def stream(self) -> int:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def hold(self, meter: Meter) -> None:
+    def hold(self, meter: Any) -> None:
         meter.hold(self.stream)
 
     def start(self) -> None:
@@ -68,7 +78,9 @@ class GpuStopwatch:
         self._events[1].record(torch.cuda.current_stream(self._device))
 
     def microseconds(self) -> float:
-        self._events[1].synchronize()
+        # Not synchronize(): this process may have to move, as NVSHMEM's proxy, what the operation waits for.
+        while not self._events[1].query():
+            time.sleep(_POLL_S)
         return float(self._events[0].elapsed_time(self._events[1])) * 1e3
 
 
@@ -82,7 +94,7 @@ class EmulatorStopwatch:
         self._held = place.native().Stream(place.device_idx)
         self._start_ns = self._stop_ns = 0
 
-    def hold(self, meter: Meter) -> None:
+    def hold(self, meter: Any) -> None:
         meter.hold(self._held.handle)
 
     def start(self) -> None:
@@ -99,7 +111,7 @@ class EmulatorStopwatch:
 class StreamGate:
     """Releases the streams of a group together and measures what is enqueued behind the gate. Collective."""
 
-    def __init__(self, group: dist.ProcessGroup, place: Place, meter: Meter) -> None:
+    def __init__(self, group: dist.ProcessGroup, place: Place, meter: Gatekeeper) -> None:
         self.meter, self.num_ranks = meter, dist.get_world_size(group)
         self._group = group
         self._watch: Stopwatch = GpuStopwatch(place.device) if place.backend == "cuda" else EmulatorStopwatch(place)

@@ -19,10 +19,10 @@ _SMS = (4, 8, 12, 16, 24)
 _TOKENS = (128, 256, 512, 1024, 2048, 8192)
 _MANY_TOKENS, _FEW_TOKENS = 4096, 128
 _MIDDLE_SMS, _OVERLAP_SMS = 12, 8
-_MOST_EXPERTS = 256
+_MOST_EXPERTS, _MOST_NODES = 256, 8
 
 
-def base_cell(backend: Backend, num_ranks: int) -> Cell:
+def base_cell(backend: Backend, num_ranks: int, ranks_per_node: int | None = None) -> Cell:
     """4096 tokens of 7168 in BF16, top-8 of 256 experts (or the most that the ranks divide), without a baseline.
 
     On the caller's stream: all there is to see between two events of a stream is the operation.
@@ -30,7 +30,7 @@ def base_cell(backend: Backend, num_ranks: int) -> Cell:
     return Cell(
         backend=backend,
         num_ranks=num_ranks,
-        ranks_per_node=num_ranks,
+        ranks_per_node=ranks_per_node or num_ranks,
         num_tokens=_MANY_TOKENS,
         num_experts=_MOST_EXPERTS - _MOST_EXPERTS % num_ranks,
         num_sms=_MIDDLE_SMS,
@@ -105,12 +105,47 @@ def overlap(base: Cell) -> list[Cell]:
     ]
 
 
-SUITES: dict[str, Callable[[Cell], list[Cell]]] = {"targets": targets, "sweep": sweep, "overlap": overlap}
+def nodes(base: Cell) -> list[Cell]:
+    """Across nodes: both payloads and two layouts over SMs, then over the node limit, then other modes.
+
+    Where there is one node, its halves pretend to be two; each rank to be one, where there are no halves.
+    """
+    if base.num_nodes == 1:
+        if base.num_ranks == 1:
+            raise ValueError("num_ranks is 1; expected 2 or more, for two nodes")
+        base = replace(base, ranks_per_node=1 if base.num_ranks % 2 else base.num_ranks // 2)
+    fp8 = replace(base, dtype="fp8")
+    cells = [replace(of, num_sms=num_sms) for num_sms, of in itertools.product((8, 12), (fp8, base))]
+    cells += [
+        replace(base, dtype=dtype, layout=layout, num_sms=num_sms)
+        for layout, dtype, num_sms in itertools.product(_TWO_LAYOUTS, _TWO_DTYPES, _SMS)
+    ]
+    limits = range(1, min(base.num_nodes, base.num_topk, _MOST_NODES) + 1)
+    cells += [replace(of, topk_groups=limit) for of, limit in itertools.product((fp8, base), limits)]
+    few = replace(fp8, num_tokens=_FEW_TOKENS, num_sms=8)
+    cells += [
+        replace(base, dtype="fp8_cast"),
+        replace(fp8, cached=True),
+        replace(fp8, host_sync=True),
+        replace(fp8, routing="zipf"),
+        few,
+        replace(few, graph=True),
+        replace(few, graph=True, layout="padded"),
+        # Last, so that no trouble of the baseline's costs a figure.
+        replace(fp8, baseline=True),
+        replace(base, baseline=True),
+    ]
+    return list(dict.fromkeys(cells))
 
 
-def suite(name: str, backend: Backend, num_ranks: int) -> list[Cell]:
-    """The cells of a suite. For the emulator they are cut down to sizes that it can run."""
-    cells = SUITES[name](base_cell(backend="cuda", num_ranks=num_ranks))
+SUITES: dict[str, Callable[[Cell], list[Cell]]] = {
+    "targets": targets, "sweep": sweep, "overlap": overlap, "nodes": nodes,
+}  # fmt: skip
+
+
+def suite(name: str, backend: Backend, num_ranks: int, ranks_per_node: int | None = None) -> list[Cell]:
+    """The cells of a suite. For the emulator they are cut down to sizes that it can run. Raises ValueError."""
+    cells = SUITES[name](base_cell("cuda", num_ranks, ranks_per_node))
     if backend == "cuda":
         return cells
     return list(dict.fromkeys(shrunk(replace(cell, graph=False, backend=backend)) for cell in cells))

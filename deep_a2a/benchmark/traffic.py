@@ -26,10 +26,14 @@ _NODE_LINK = {"cpu": "shm", "cuda": "nvlink", "emulated": "nvlink"}
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one operation at the busiest rank; the busiest rank may differ from class to class."""
+    """Bytes of one operation at the busiest rank; the busiest rank may differ from class to class.
+
+    `least_network_bytes` are those of all ranks: one row for each token and other node that it goes to.
+    """
 
     wire: WireBytes
     logical_bytes: int
+    least_network_bytes: int = 0
 
 
 def dispatch_traffic(cell: Cell, topk_idx: Sequence[torch.Tensor]) -> Traffic:
@@ -63,7 +67,7 @@ def _traffic(cell: Cell, topk_idx: Sequence[torch.Tensor], row_bytes: int, per_e
     # Combine moves the same rows the other way: sent and received change places, and the larger of both is the same.
     node_link = {_NODE_LINK[cell.backend]: _busiest(node_rows) * row_bytes}
     wire = WireBytes(network=_busiest(net_rows) * row_bytes, **node_link)
-    return Traffic(wire, int(logical_rows.max()) * row_bytes)
+    return Traffic(wire, int(logical_rows.max()) * row_bytes, int(net_rows.sum()) * row_bytes)
 
 
 def _slots_per_rank(cell: Cell, topk_idx: torch.Tensor) -> torch.Tensor:
@@ -84,7 +88,8 @@ def mean_traffic(by_iteration: Sequence[Traffic]) -> Traffic:
         network=_mean(each.wire.network for each in by_iteration),
         shm=_mean(each.wire.shm for each in by_iteration),
     )
-    return Traffic(wire, _mean(each.logical_bytes for each in by_iteration))
+    least = _mean(each.least_network_bytes for each in by_iteration)
+    return Traffic(wire, _mean(each.logical_bytes for each in by_iteration), least)
 
 
 def _mean(values: Iterable[int]) -> int:

@@ -92,6 +92,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "--slack", type=float, default=DEFAULT_SLACK, metavar="X",
         help="received rows that the bounded window has room for, over those expected (default: %(default)s)",
     )  # fmt: skip
+    _add_int(memory, "staging-bytes", None, "room of a lane for rows between nodes (default: that of Buffer, 1 GiB)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON: bytes, us, 1e9 bytes a second")
     output.add_argument(
@@ -137,6 +138,7 @@ def _plan(options: argparse.Namespace, num_ranks: int) -> Plan:
         routing=options.routing,
         topk_groups=options.topk_groups,
         num_groups=options.num_groups,
+        staging_bytes=options.staging_bytes,
     )
     return make_plan(workload, Hardware(**_given_rates(options)), options.num_sms, options.slack)
 

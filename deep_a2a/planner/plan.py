@@ -10,6 +10,7 @@ from deep_a2a.memory import MemoryTable
 from .rates import Hardware
 from .roofline import Estimate, estimate
 from .spread import Spread, find_spread
+from .staging import Staging, plan_staging
 from .traffic import Traffic, combine_traffic, dispatch_traffic
 from .windows import DEFAULT_SLACK, WindowPlan, part_bytes, plan_window
 from .workload import Workload
@@ -57,6 +58,7 @@ class Plan:
     dispatch: OperationPlan
     combine: OperationPlan
     window: WindowPlan
+    staging: Staging
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in bytes, microseconds and 1e9 bytes a second."""
@@ -77,6 +79,7 @@ class Plan:
                 "bounded": _table(self.window.bounded),
                 "max_recv_rows": self.window.max_recv_rows,
             },
+            "staging": asdict(self.staging),
         }
 
 
@@ -89,12 +92,13 @@ def make_plan(
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
     """
     hardware = Hardware() if hardware is None else hardware
-    spread = find_spread(workload)
+    spread, staging = find_spread(workload), plan_staging(workload)
     dispatch, combine = (
-        OperationPlan(traffic, estimate(workload, traffic, hardware, num_sms))
+        OperationPlan(traffic, estimate(workload, traffic, hardware, num_sms, staging.num_rounds))
         for traffic in (dispatch_traffic(workload, spread), combine_traffic(workload, spread))
     )
-    return Plan(workload, hardware, num_sms, spread, dispatch, combine, plan_window(workload, spread, slack))
+    window = plan_window(workload, spread, slack)
+    return Plan(workload, hardware, num_sms, spread, dispatch, combine, window, staging)
 
 
 def _table(table: MemoryTable | None) -> dict[str, Any] | None:

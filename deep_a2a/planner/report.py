@@ -109,6 +109,21 @@ def window_table(plans: Iterable[Plan]) -> Table:
     return Table(header, tuple(rows), left=0)
 
 
+def staging_table(plans: Iterable[Plan]) -> Table:
+    """Room between nodes, without a limit and with it, and the rounds that follow."""
+    header = ("ranks", "nodes", "all at once", "limited", "rounds", "tokens/round", "rows/stream", "waits us")
+    rows = []
+    for plan in plans:
+        w, staging = plan.workload, plan.staging
+        stream_rows = staging.tokens_per_round * plan.spread.nodes_per_token / w.num_nodes
+        waits = plan.dispatch.estimate.terms.get("rounds", 0.0)
+        rows.append(
+            (str(w.num_ranks), str(w.num_nodes), binary_bytes(staging.unlimited_bytes), binary_bytes(staging.num_bytes),
+             str(staging.num_rounds), str(staging.tokens_per_round), f"{stream_rows:.1f}", microseconds(waits))
+        )  # fmt: skip
+    return Table(header, tuple(rows), left=0)
+
+
 def spread_table(plans: Iterable[Plan]) -> Table:
     rows = tuple(
         (
@@ -180,7 +195,12 @@ def _window_lines(plan: Plan) -> list[str]:
         total = binary_bytes(shown.total_bytes)
         lines.append(f"                   {total} with max_recv_rows={window.max_recv_rows}, of which")
     parts = ", ".join(f"{name} {binary_bytes(size)}" for name, size in part_bytes(shown).items())
-    return [*lines, f"                   {parts}"]
+    lines.append(f"                   {parts}")
+    if plan.staging.num_rounds > 1:
+        at_once = binary_bytes(plan.staging.unlimited_bytes)
+        rounds = f"{plan.staging.num_rounds} rounds of {plan.staging.tokens_per_round} tokens"
+        lines.append(f"                   between nodes in {rounds}; all at once would take {at_once}")
+    return lines
 
 
 def _count(number: int, what: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from deep_a2a._cpu import STAGED_ROUNDS
+
 from . import wire
 from .rates import Hardware
 from .traffic import Op, Traffic
@@ -22,7 +24,7 @@ class Estimate:
 
     Attributes:
         terms: the time of each resource alone; those of the SMs only if their number is given, but for the counts that
-            each SM reads for itself.
+            each SM reads for itself. "rounds" only where rounds wait for room between nodes.
         fixed_us: flags on the critical path and, between nodes, the first chunk.
         total_us: the longest term, and what is fixed.
         limit: the name of the longest term.
@@ -37,8 +39,10 @@ class Estimate:
     sms_needed: int
 
 
-def estimate(workload: Workload, traffic: Traffic, hardware: Hardware, num_sms: int | None = None) -> Estimate:
-    """`num_sms`: of the kernel; None for as many as it takes.
+def estimate(
+    workload: Workload, traffic: Traffic, hardware: Hardware, num_sms: int | None = None, num_rounds: int = 1
+) -> Estimate:
+    """`num_sms`: of the kernel; None for as many as it takes. `num_rounds`: between nodes.
 
     Raises:
         TypeError, ValueError: ``num_sms`` is no positive int.
@@ -57,12 +61,14 @@ def estimate(workload: Workload, traffic: Traffic, hardware: Hardware, num_sms: 
         "memory": traffic.memory / hardware.memory_gbs / _GB,
         "counts": traffic.each_sm_in / hardware.sm_in_gbs / _GB,
     }
+    if num_rounds > STAGED_ROUNDS:
+        links["rounds"] = rounds_time(num_rounds, hardware)
     terms = dict(links)
     if num_sms is not None:
         terms["SMs out"] = traffic.sm_out / num_sms / hardware.sm_out_gbs / _GB
         terms["SMs in"] = traffic.sm_in / num_sms / hardware.sm_in_gbs / _GB
     limit = max(terms, key=lambda name: round(terms[name], 6))  # of equals the first, whatever the last bits are
-    fixed_us = fixed_time(workload, traffic, hardware)
+    fixed_us = fixed_time(workload, traffic, hardware, num_rounds)
     return Estimate(
         op=traffic.op,
         terms=terms,
@@ -73,7 +79,13 @@ def estimate(workload: Workload, traffic: Traffic, hardware: Hardware, num_sms: 
     )
 
 
-def fixed_time(workload: Workload, traffic: Traffic, hardware: Hardware) -> float:
+def rounds_time(num_rounds: int, hardware: Hardware) -> float:
+    """A round follows the one that had its room before, whose signal and credit each cross the network."""
+    followers = math.ceil(num_rounds / STAGED_ROUNDS) - 1
+    return 2 * followers * hardware.network_signal_us
+
+
+def fixed_time(workload: Workload, traffic: Traffic, hardware: Hardware, num_rounds: int = 1) -> float:
     """Flags that follow from each other. Between nodes, the relay starts when a first chunk has come.
 
     Dispatch: counts, rows (sent or relayed), and where rows are pulled that they have been read. Combine: rows are
@@ -83,7 +95,8 @@ def fixed_time(workload: Workload, traffic: Traffic, hardware: Hardware) -> floa
     local_us = flags * hardware.flag_us if workload.num_ranks > 1 else 0.0
     if workload.num_nodes == 1:
         return local_us
-    chunk = min(traffic.network_out, float(wire.CHUNK_BYTES))
+    round_of_stream = traffic.network_out / (workload.num_nodes - 1) / num_rounds
+    chunk = min(round_of_stream, float(wire.CHUNK_BYTES))
     return local_us + hardware.network_signal_us + chunk / hardware.network_gbs / _GB
 
 

@@ -26,6 +26,7 @@ class Workload:
             `deep_a2a.routing.node_limited_topk` on random scores.
         topk_groups: groups of experts that a token keeps, None for all.
         num_groups: groups of consecutive experts, None for one a node.
+        staging_bytes: of a lane, between nodes, see ``Buffer``.
 
     Raises:
         TypeError, ValueError: a value is of the wrong kind or out of range; the message names it.
@@ -42,6 +43,7 @@ class Workload:
     routing: RoutingName = "uniform"
     topk_groups: int | None = None
     num_groups: int | None = None
+    staging_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", get_args(Dtype)), ("routing", get_args(RoutingName))):
@@ -82,6 +84,7 @@ class Workload:
             num_max_tokens_per_rank=self.num_tokens,
             layout=self.layout,
             max_recv_rows=max_recv_rows,
+            staging_bytes=self.staging_bytes,
         )
 
     def _check_groups(self) -> None:

@@ -41,6 +41,7 @@ Shape random_shape(const Topology& topology, std::mt19937& random) {
     shape.hidden = 8192;
     shape.max_tokens = 80;
   }
+  if (random() % 3 != 0) shape.round_tokens = 1 + static_cast<int>(random() % static_cast<unsigned>(shape.max_tokens));
   if (shape.layout == Layout::kExpert) shape.expert_alignment = 1 + static_cast<int>(random() % 8);
   if (shape.layout == Layout::kPadded) shape.expert_capacity = shape.all_tokens();
   return shape;

@@ -29,9 +29,18 @@ class Mutant:
 
 
 WAIT = "transport_.wait_tagged(turn, "
+RELAY_ROWS = """\
+                for (int64_t row = first_row; row < end_row; ++row) {
+                  relay_row(source, from + row * stream_row_.bytes, routes + row * topk);
+                }
+"""
+GIVE_CREDIT = """\
+                if (is_filled_again(shape_, round)) give_chunk_credit(transport_, turn, stream, round, chunk);
+"""
 
 # Not among them: the lane credit of ranks of one node. Today the flags of every operation happen to order the same, so
-# nothing can notice; it is there so that no operation has to be ordered by another one's flags.
+# nothing can notice; it is there so that no operation has to be ordered by another one's flags. Nor the credits of
+# chunks without a successor in the round after the next: a network would have to keep a signal for a whole operation.
 MUTANTS = (
     Mutant("D0, C0: no credit of rail peers", "credit.cpp", "wait(transport.rail_peer(stream));", "(void)wait;"),
     Mutant("D0: no credit of the slot", "dispatch.cpp", "d0_slot_credit(turn);\n  d4_send_own", "d4_send_own"),
@@ -52,6 +61,36 @@ MUTANTS = (
         "combine.cpp",
         "kReadFlag, turn.lane, local), turn.",
         "kReadFlag, 0, 0), 0 * turn.",
+    ),
+    Mutant(
+        "D4: credit of chunks not waited for",
+        "dispatch_nodes.cpp",
+        "wait_chunk_credit(transport_, turn, Step::kD4SendNodes, stream, before, credits);",
+        "(void)credits;",
+    ),
+    Mutant(
+        "D4: credit of the first chunk alone",
+        "dispatch_nodes.cpp",
+        "stream, before, credits)",
+        "stream, before, 1)",
+    ),
+    Mutant(
+        "D5: credit before the chunk is read",
+        "dispatch_nodes.cpp",
+        RELAY_ROWS + GIVE_CREDIT,
+        GIVE_CREDIT + RELAY_ROWS,
+    ),
+    Mutant(
+        "C3: credit of rounds not waited for",
+        "combine.cpp",
+        "wait_chunk_credit(transport_, turn, Step::kC3Relay, stream, round - kStagedRounds, 1);",
+        "",
+    ),
+    Mutant(
+        "C4: credit before the tokens are summed",
+        "combine.cpp",
+        "c2_c4_sum(turn, round);\n    c4_round_end(turn, round);",
+        "c4_round_end(turn, round);\n    c2_c4_sum(turn, round);",
     ),
     Mutant("tagged flags not waited for", "transport.cpp", "if (!reached(condition)) wait_any(turn, {condition});", ""),
     Mutant("signals do not release", "doorbell.hpp", "__ATOMIC_RELEASE", "__ATOMIC_RELAXED"),

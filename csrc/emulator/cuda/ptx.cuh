@@ -15,7 +15,7 @@ namespace deep_a2a::cuda::ptx {
 inline char* dynamic_shared() { return emulator::dynamic_shared(); }
 inline uint32_t shared_address(const void* pointer) { return emulator::shared_offset(pointer); }
 
-// An acquire waits for somebody, so others may run first.
+// Whoever looks at a word waits for somebody, so others may run first.
 inline uint64_t ld_acquire_sys(const uint64_t* word) {
   emulator::yield_outside();
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
@@ -24,7 +24,14 @@ inline uint32_t ld_acquire_gpu(const uint32_t* word) {
   emulator::yield_outside();
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
-inline uint64_t ld_relaxed_sys(const uint64_t* word) { return emulator::load_relaxed(word); }
+inline uint32_t ld_relaxed_gpu(const uint32_t* word) {
+  emulator::yield_outside();
+  return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+inline uint64_t ld_relaxed_sys(const uint64_t* word) {
+  emulator::yield_outside();
+  return emulator::load_relaxed(word);
+}
 inline int32_t ld_relaxed_sys(const int32_t* address) { return emulator::load_relaxed(address); }
 inline float ld_relaxed_sys(const float* address) {
   return bits_float(emulator::load_relaxed(reinterpret_cast<const uint32_t*>(address)));
