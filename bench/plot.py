@@ -73,17 +73,16 @@ def draw_bandwidth(records: Sequence[Record], figure: Any) -> None:
     sides = figure.subplots(1, 2, sharey=True)
     over_sms = curves(records, lambda record: record.num_sms, lambda record: record.num_tokens)
     over_tokens = curves(records, lambda record: record.num_tokens, lambda record: record.num_sms)
-    names = list(dict.fromkeys([*over_sms, *over_tokens]))
     for axes, what, drawn in zip(sides, ("SMs", "tokens per rank"), (over_sms, over_tokens), strict=True):
         if what != "SMs":
             axes.set_xscale("log", base=2)
-        draw_curves(axes, drawn, names, what)
+        draw_curves(axes, drawn, what)
         best = max((r for r in records if r.ceiling_gbs is not None), key=lambda r: r.ceiling_gbs or 0, default=None)
         if best is not None and best.ceiling_gbs is not None:
             axes.axhline(best.ceiling_gbs, color="black", linestyle="--", label=f"ceiling: {best.ceiling_of}")
         axes.set_ylim(bottom=0)
     sides[0].set_ylabel("GB/s on the busiest link, per GPU")
-    sides[0].legend(fontsize="x-small")
+    figure.legend(*sides[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
 def draw_nodes(records: Sequence[Record], figure: Any) -> None:
@@ -100,9 +99,8 @@ def draw_nodes(records: Sequence[Record], figure: Any) -> None:
     for what, value in values:
         over = curves(records, lambda r: r.topk_groups, lambda r: (r.num_nodes, r.num_tokens, r.num_sms), value)
         plots.append(("nodes that a token may go to", what, over))
-    names = list(dict.fromkeys(name for _, _, drawn in plots for name in drawn))
     for axes, (along, what, drawn) in zip(figure.subplots(1, len(plots)), plots, strict=True):
-        draw_curves(axes, drawn, names, along)
+        draw_curves(axes, drawn, along)
         axes.set_ylabel(what)
     best = max(records, key=lambda record: record.network_ceiling_gbs or 0)
     first = figure.axes[0]
@@ -111,15 +109,20 @@ def draw_nodes(records: Sequence[Record], figure: Any) -> None:
         first.axhline(best.network_ceiling_gbs, color="black", linestyle="--", label=label)
     for axes in figure.axes:
         axes.set_ylim(bottom=0)
-    first.legend(fontsize="x-small")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
-def draw_curves(axes: Any, drawn: dict[str, Curve], names: Sequence[str], along: str) -> None:
-    """Curves in the colours of their places in `names`, combine dotted, with a tick for each point."""
+COLOURS = {"rank": "C0", "expert": "C1", "padded": "C2"}
+MARKERS = {"bf16": "o", "fp8": "s", "fp8_cast": "^"}
+
+
+def draw_curves(axes: Any, drawn: dict[str, Curve], along: str) -> None:
+    """A colour for each layout, a marker for each payload, combine dotted; with a tick for each point."""
     for name, curve in drawn.items():
+        op, payload, layout = name.split()
         at, values = zip(*curve, strict=True)
-        dashes = ":" if name.startswith("combine") else "-"
-        axes.plot(at, values, dashes, marker="o", color=f"C{names.index(name) % 10}", label=name)
+        dashes = ":" if op == "combine" else "-"
+        axes.plot(at, values, dashes, marker=MARKERS[payload], color=COLOURS[layout], label=name)
     ticks = sorted({at for curve in drawn.values() for at, _ in curve})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel(along)

@@ -71,6 +71,14 @@ def missing_network() -> str | None:
     return None
 
 
+def shared_queues() -> str | None:
+    """Why kernels of two lanes may not put at once: without RC queue pairs, blocks of the same number share a DCI that
+    NVSHMEM takes for one block's own."""
+    if remote_transport() == "ibgda" and os.environ.get("NVSHMEM_IBGDA_NUM_RC_PER_PE", "").strip() == "0":
+        return "NVSHMEM_IBGDA_NUM_RC_PER_PE is 0; expected at least 1, since lanes put at the same time"
+    return None
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()

@@ -56,8 +56,12 @@ def join(native: Any, group: Group, device: int, *, heap_bytes: int, num_queues:
         "num_pes": native.num_pes() if native.job_status().name == "ready" else None,
         "versions": [native.compiled_version(), native.library_version()],
         "host": host_identity(),
+        "problem": environment.shared_queues(),
     }
     states = all_gather(group, mine, timeout_s, "NVSHMEM")
+    for rank, state in enumerate(states):
+        if state["problem"] is not None:
+            raise CommError(f"rank {rank}: {state['problem']}")
     pes = agree(states)
     if pes is None:
         if native.__name__.endswith("_nvshmem"):

@@ -41,8 +41,13 @@ def require_link(record: Record, speeds: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def count_by_hand(cell: Cell, topk_idx: list[torch.Tensor], per_expert: bool) -> tuple[int, int, int]:
-    """Rows at the busiest rank: within nodes, between nodes, and received with own rows counted."""
+def count_by_hand(
+    cell: Cell, topk_idx: list[torch.Tensor], per_expert: bool, relayed_per_expert: bool
+) -> tuple[int, int, int]:
+    """Rows at the busiest rank: within nodes, between nodes, and received with own rows counted.
+
+    Rows go to a rank once, or `per_expert`; those that come from other nodes may differ.
+    """
     near: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
     far: dict[str, Counter[int]] = {"sent": Counter(), "received": Counter()}
     logical: Counter[int] = Counter()
@@ -54,12 +59,11 @@ def count_by_hand(cell: Cell, topk_idx: list[torch.Tensor], per_expert: bool) ->
                 if writer != source:
                     far["sent"][source] += 1
                     far["received"][writer] += 1
-                for owner in owners if per_expert else set(owners):
-                    if owner // cell.ranks_per_node == node:
-                        logical[owner] += 1
-                        if owner != writer:
-                            near["sent"][writer] += 1
-                            near["received"][owner] += 1
+                logical.update(o for o in (owners if per_expert else set(owners)) if o // cell.ranks_per_node == node)
+                for owner in owners if (per_expert if writer == source else relayed_per_expert) else set(owners):
+                    if owner // cell.ranks_per_node == node and owner != writer:
+                        near["sent"][writer] += 1
+                        near["received"][owner] += 1
     most = [max([0, *counts["sent"].values(), *counts["received"].values()]) for counts in (near, far)]
     return most[0], most[1], max([0, *logical.values()])
 

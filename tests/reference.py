@@ -217,12 +217,15 @@ def side(
 # ---- bytes on the wire -----------------------------------------------------------------------------------------
 
 
-def wire_rows(setting: Setting, topk_idx: list[torch.Tensor], combining: bool = False) -> tuple[list[int], list[int]]:
+def wire_rows(
+    setting: Setting, topk_idx: list[torch.Tensor], combining: bool = False, pulled: bool = False
+) -> tuple[list[int], list[int]]:
     """Rows that each rank moves: (between itself and other ranks of its node, to other nodes).
 
     Dispatch: a token crosses to each other node that it needs once, to the rank with the source's local index, which
     then writes the rows of its node; a row that a rank writes for itself crosses nothing. In combine the same ranks
-    read, always one row per token and rank, and send one row per token back over the network.
+    read, always one row per token and rank, and send one row per token back over the network. Where rows of the own
+    node are pulled, they cross once for all experts of a rank; a relay writes to each expert.
     """
     near, far = [0] * setting.num_ranks, [0] * setting.num_ranks
     for source, idx in enumerate(topk_idx):
@@ -234,7 +237,8 @@ def wire_rows(setting: Setting, topk_idx: list[torch.Tensor], combining: bool = 
                 writer = node * setting.ranks_per_node + source % setting.ranks_per_node
                 nodes.add(node)
                 copies = sum(expert // setting.num_local_experts == owner for expert in chosen)
-                near[writer] += (owner != writer) * (1 if combining or setting.layout == "rank" else copies)
+                once = combining or setting.layout == "rank" or (pulled and writer == source)
+                near[writer] += (owner != writer) * (1 if once else copies)
             for node in nodes - {source // setting.ranks_per_node}:
                 relay = node * setting.ranks_per_node + source % setting.ranks_per_node
                 far[relay if combining else source] += 1

@@ -62,12 +62,12 @@ def test_cells(pools: Callable[[int], Pool], tmp_path: Path) -> None:
 
 
 def test_overlap(pools: Callable[[int], Pool], tmp_path: Path) -> None:
-    cell = replace(TINY, subject="overlap", gemm_channels=16, gemm_leaves=2)
+    cell = replace(TINY, subject="overlap", gemm_rows=24, gemm_channels=16, gemm_leaves=2)
     (results, failures), _ = pools(2).run(measure, [cell], tmp_path / "results.json")
     assert failures == []
     (record,) = results.records
     assert record.op == "overlap" and record.checked and record.both_us == record.total_us
-    assert record.gemm is not None and "x [6, 128] @ [128, 16] bf16, told to leave 2 SMs" in record.gemm
+    assert record.gemm is not None and "x [24, 128] @ [128, 16] bf16, told to leave 2 SMs" in record.gemm
     assert record.share_hidden is not None and record.gemm_slowdown is not None
 
 

@@ -52,9 +52,9 @@ def aligned(nbytes: int) -> int:
 def require_bytes(cell: Cell, record: Record) -> None:
     """What the record says of its bytes is what its routing asks for, and for headers what docs/protocol.md says."""
     topk_idx = Workload(cell).routing(1).topk_idx
-    per_expert = cell.layout != "rank" and cell.backend == "cpu" and record.op == "dispatch"
+    per_expert = cell.layout != "rank" and record.op == "dispatch"
     row = cell.hidden * 2 if record.op == "combine" else cell.row_bytes
-    near, far, logical = count_by_hand(cell, topk_idx, per_expert)
+    near, far, logical = count_by_hand(cell, topk_idx, per_expert and cell.backend == "cpu", per_expert)
     name = "shm" if cell.backend == "cpu" else "nvlink"
     assert record.wire_bytes == WireBytes(**{name: near * row, "network": far * row})
     assert record.logical_bytes == logical * row

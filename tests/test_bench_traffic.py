@@ -41,12 +41,12 @@ def test_traffic(routing: str, num_ranks: int, ranks_per_node: int) -> None:
         )  # fmt: skip
         topk_idx = Workload(cell).routing(0).topk_idx
         topk_idx[0][::3, 1] = -1
-        near, far, logical = count_by_hand(cell, topk_idx, per_expert=layout != "rank")
+        near, far, logical = count_by_hand(cell, topk_idx, layout != "rank", layout != "rank")
         row_bytes = 2 * 144 if dtype == "bf16" else 144 + 2 * 4
         dispatch = dispatch_traffic(cell, topk_idx)
         assert dispatch.wire == WireBytes(network=far * row_bytes, shm=near * row_bytes)
         assert dispatch.logical_bytes == logical * row_bytes
-        near, far, logical = count_by_hand(cell, topk_idx, per_expert=False)
+        near, far, logical = count_by_hand(cell, topk_idx, False, False)
         combine = combine_traffic(cell, topk_idx)
         assert combine.wire == WireBytes(network=far * 288, shm=near * 288)
         assert combine.logical_bytes == logical * 288

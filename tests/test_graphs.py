@@ -11,7 +11,7 @@ import exchange
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of
+from backends import USUAL_NODES, device_of
 from checks import check_case, expected_dispatch
 from exchange import Turn
 from generators import LAYOUTS, Case, case_on
@@ -21,6 +21,8 @@ from small import SMALL, error_of, send_ones
 import deep_a2a
 
 pytestmark = pytest.mark.gpu
+
+on_gpu_nodes = pytest.mark.parametrize("topology", USUAL_NODES["cuda"])
 
 ROUTINGS = ("uniform", "sparse", "nowhere", "one_rank", "one_expert", "uniform", "uniform")
 
@@ -104,12 +106,14 @@ def replay(group: dist.ProcessGroup, cases: list[Case]) -> list[list[Turn]]:
     return turns
 
 
+@on_gpu_nodes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stream", ["own", "current"])
 @pytest.mark.parametrize("payload", ["bf16", "cast fp8_e4m3:float32"])
-def test_replays(pools: Callable[[int], Pool], layout: str, stream: str, payload: str) -> None:
+def test_replays(pools: Callable[[int], Pool], topology: str, layout: str, stream: str, payload: str) -> None:
     first = case_on(
         "cuda",
+        topology=topology,
         layout=layout,
         stream=stream,
         payload=payload,
@@ -140,9 +144,10 @@ def replay_back_to_back(group: dist.ProcessGroup, case: Case, num_replays: int) 
         return [first, last]
 
 
+@on_gpu_nodes
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_replays(pools: Callable[[int], Pool], layout: str) -> None:
-    case = case_on("cuda", layout=layout, host_sync=False, side=True)
+def test_many_replays(pools: Callable[[int], Pool], topology: str, layout: str) -> None:
+    case = case_on("cuda", topology=topology, layout=layout, host_sync=False, side=True)
     by_rank = pools(case.num_ranks).run(replay_back_to_back, case, 100)
     for turn in range(2):
         check_case(case, [[turns[turn]] for turns in by_rank])

@@ -144,6 +144,14 @@ def test_nics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.missing_network() is None
 
 
+@pytest.mark.parametrize(("ibgda", "queues", "is_wrong"), [("1", "0", True), ("1", "4", False), ("0", "0", False)])
+def test_shared_queues(ibgda: str, queues: str, is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVSHMEM_REMOTE_TRANSPORT", raising=False)
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
+    monkeypatch.setenv("NVSHMEM_IBGDA_NUM_RC_PER_PE", queues)
+    assert ("NVSHMEM_IBGDA_NUM_RC_PER_PE is 0" in (environment.shared_queues() or "")) == is_wrong
+
+
 VERSIONS = [(3, 4, 5), (3, 6, 0)]
 
 

@@ -40,7 +40,7 @@ class Cell:
     Lent inputs lie in the window, copied ones in ordinary tensors; where the backend reads any tensor in place the two
     are the same. `num_iters` iterations count, after `num_warmup` that do not. `num_sms` is None for the backend's
     default, `stream` where its kernels run. `graph` replays captured CUDA graphs. Subject "operations" is dispatch and
-    combine, each by itself; "overlap" is both of them beside matrix products of [num_tokens, hidden] by [hidden,
+    combine, each by itself; "overlap" is both of them beside matrix products of [gemm_rows, hidden] by [hidden,
     gemm_channels], told to leave `gemm_leaves` SMs to others. Raises ValueError, naming the field.
     """
 
@@ -64,6 +64,7 @@ class Cell:
     num_sms: int | None = None
     stream: StreamName = "own"
     graph: bool = False
+    gemm_rows: int = 16384
     gemm_channels: int = 4096
     gemm_leaves: int = 0
     num_iters: int = 20
@@ -165,6 +166,7 @@ class Cell:
 
 
 _COUNTS = (
-    "num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts", "num_iters", "gemm_channels",
+    "num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts", "num_iters", "gemm_rows",
+    "gemm_channels",
 )  # fmt: skip
 _SHARED_FIELDS = {each.name for each in fields(Cell)} & {each.name for each in fields(Record)} - {"baseline"}

@@ -83,6 +83,7 @@ def make_cells(options: argparse.Namespace, launch: Launch) -> list[Cell]:
         "backend": options.backend,
         "stream": options.stream,
         "graph": options.graph,
+        "gemm_rows": options.gemm_rows,
         "gemm_channels": options.gemm_channels,
         "gemm_leaves": options.gemm_leaves,
         "num_iters": options.iters,

@@ -93,7 +93,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="a dispatch and a combine beside matrix products, instead of by themselves",
     )
-    _add_int(overlap, "gemm_channels", cell.gemm_channels, "columns of what the tokens are multiplied by")
+    _add_int(overlap, "gemm_rows", cell.gemm_rows, "rows of a product")
+    _add_int(overlap, "gemm_channels", cell.gemm_channels, "columns of what they are multiplied by")
     _add_int(overlap, "gemm_leaves", cell.gemm_leaves, "SMs that the products are told to leave to others")
     run = parser.add_argument_group("run")
     _add_int(run, "iters", cell.num_iters, "iterations that count; a result to quote has at least 20")

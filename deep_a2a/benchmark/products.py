@@ -11,7 +11,7 @@ from deep_a2a.benchmark.cell import Cell
 
 
 class Products:
-    """[num_tokens, hidden] by [hidden, gemm_channels] in BF16, `count` times in a row; all memory is made here."""
+    """[gemm_rows, hidden] by [hidden, gemm_channels] in BF16, `count` times in a row; all memory is made here."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(cell.seed)
@@ -19,9 +19,9 @@ class Products:
         self._cell = cell
         self._left, self._right = (
             torch.randn(*size, dtype=torch.bfloat16, device=device, generator=generator)
-            for size in ((cell.num_tokens, cell.hidden), (cell.hidden, cell.gemm_channels))
+            for size in ((cell.gemm_rows, cell.hidden), (cell.hidden, cell.gemm_channels))
         )
-        self._out = torch.empty(cell.num_tokens, cell.gemm_channels, dtype=torch.bfloat16, device=device)
+        self._out = torch.empty(cell.gemm_rows, cell.gemm_channels, dtype=torch.bfloat16, device=device)
 
     def run(self) -> None:
         for _ in range(self.count):
@@ -29,7 +29,7 @@ class Products:
 
     def describe(self) -> str:
         cell = self._cell
-        size = f"{self.count} x [{cell.num_tokens}, {cell.hidden}] @ [{cell.hidden}, {cell.gemm_channels}] bf16"
+        size = f"{self.count} x [{cell.gemm_rows}, {cell.hidden}] @ [{cell.hidden}, {cell.gemm_channels}] bf16"
         return f"{size}, told to leave {cell.gemm_leaves} SMs" if cell.gemm_leaves else size
 
 

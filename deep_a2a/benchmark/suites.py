@@ -160,6 +160,7 @@ def shrunk(cell: Cell) -> Cell:
         num_topk=2,
         num_experts=4 * cell.num_ranks,
         num_sms=min(cell.num_sms or 1, 2),
+        gemm_rows=8,
         gemm_channels=16,
         num_iters=2,
         num_warmup=1,

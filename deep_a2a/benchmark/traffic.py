@@ -3,7 +3,8 @@
 Counted are rows that leave a rank: payload and scales, not counts, flags or the ids that travel with a row.
 - Own node: `rank` rows go once to each destination rank. `expert` and `padded` rows of the cpu backend go once to each
   local expert's place; on GPUs they cross once for each destination rank too, which doubles them at home.
-- Other nodes: one row per token and node to the rail peer (`network`), which stores it on its node as above.
+- Other nodes: one row per token and node to the rail peer (`network`), which stores it on its node: in `rank` once to
+  each destination rank, in `expert` and `padded` to each local expert's place, on all backends.
 - Combine: one BF16 row per token and destination rank comes back (each rank adds its own experts first), to the source
   or, for tokens of other nodes, to the rail peer of the source; that sends one row per token and node (`network`).
 A row that stays on its rank is no wire byte, but it is a logical one.
@@ -38,29 +39,32 @@ class Traffic:
 
 def dispatch_traffic(cell: Cell, topk_idx: Sequence[torch.Tensor]) -> Traffic:
     """topk_idx: [tokens, num_topk] of every source rank."""
-    return _traffic(cell, topk_idx, cell.row_bytes, per_expert=cell.layout != "rank" and cell.backend == "cpu")
+    per_expert = cell.layout != "rank"
+    return _traffic(cell, topk_idx, cell.row_bytes, stored=per_expert and cell.backend == "cpu", relayed=per_expert)
 
 
 def combine_traffic(cell: Cell, topk_idx: Sequence[torch.Tensor]) -> Traffic:
     """topk_idx: as for `dispatch_traffic`. Logical bytes are the rows that come back, own rows included."""
-    return _traffic(cell, topk_idx, cell.hidden * _BF16_BYTES, per_expert=False)
+    return _traffic(cell, topk_idx, cell.hidden * _BF16_BYTES, stored=False, relayed=False)
 
 
-def _traffic(cell: Cell, topk_idx: Sequence[torch.Tensor], row_bytes: int, per_expert: bool) -> Traffic:
+def _traffic(cell: Cell, topk_idx: Sequence[torch.Tensor], row_bytes: int, stored: bool, relayed: bool) -> Traffic:
+    """`stored`, `relayed`: whether rows of the own node, of other nodes, cross once for each expert of a rank."""
     device = topk_idx[0].device
     node_rows = torch.zeros(cell.num_ranks, cell.num_ranks, dtype=torch.int64, device=device)  # [storing, receiving]
     net_rows = torch.zeros(cell.num_ranks, cell.num_ranks, dtype=torch.int64, device=device)  # [source, relay]
     logical_rows = torch.zeros(cell.num_ranks, dtype=torch.int64, device=device)
     for source, idx in enumerate(topk_idx):
         slots = _slots_per_rank(cell, idx)
-        rows = slots if per_expert else slots.clamp(max=1)
-        logical_rows += rows.sum(dim=0)
+        once = slots.clamp(max=1)
+        logical_rows += (slots if stored else once).sum(dim=0)
         local_rank = source % cell.ranks_per_node
         visits_node = (slots > 0).view(-1, cell.num_nodes, cell.ranks_per_node).any(dim=2)
         for node in range(cell.num_nodes):
             ranks = slice(node * cell.ranks_per_node, (node + 1) * cell.ranks_per_node)
             storing = source if node == source // cell.ranks_per_node else ranks.start + local_rank
-            node_rows[storing, ranks] += rows[:, ranks].sum(dim=0)
+            per_expert = stored if storing == source else relayed
+            node_rows[storing, ranks] += (slots if per_expert else once)[:, ranks].sum(dim=0)
             if storing != source:
                 net_rows[source, storing] += visits_node[:, node].sum()
     node_rows.fill_diagonal_(0)
