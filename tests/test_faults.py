@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of, occupy, on_backends, on_nodes, place, settle
+from backends import GPU_NODES, device_of, occupy, on_backends, on_nodes, on_topologies, place, settle
 from pool import Pool
 from small import SMALL, error_of, send_ones
 
@@ -93,6 +93,38 @@ def test_late_rank(pools: Callable[[int], Pool], operation: str, backend: str, r
     for errors, seconds in by_rank:
         assert errors[1:] == errors[:1] * 3  # the buffer stays poisoned, and says the same
         assert seconds < 20 * TIMEOUT_S
+
+
+def stop_halfway(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> Errors:
+    """With room for rounds of one token, rank 2 sends its first two rounds, and then relays nothing for too long."""
+    shape = {**SMALL, "timeout_s": TIMEOUT_S, "staging_bytes": 2400 // ranks_per_node}
+    buffer = deep_a2a.Buffer(group, **place(backend, ranks_per_node), **shape)
+    device = device_of(backend)
+    x = torch.ones(4, 16, dtype=torch.bfloat16, device=device)
+    idx = torch.tensor([[0, 15]] * 4, device=device)  # to the first and the last rank
+    pending = buffer.dispatch_send(x, idx, host_sync=False)
+
+    def receive() -> None:
+        if dist.get_rank(group) == 2:
+            time.sleep(2.5 * TIMEOUT_S)
+        pending.recv()
+        settle(buffer)
+
+    errors = [error_of(receive), error_of(buffer.check)]
+    buffer.destroy()
+    use_anew(group, backend)
+    return errors
+
+
+SPLIT = ("2x2", "4x1")
+
+
+@on_topologies({"cpu": SPLIT, "emulated": SPLIT, "cuda": [nodes for nodes in GPU_NODES if nodes in SPLIT]})
+def test_relay_that_stops(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
+    by_rank = pools(4).run(stop_halfway, backend, int(topology[-1]))
+    check_gave_up([errors[0] for errors in by_rank], "D.*")
+    assert any(re.search(r"D4 send \(other nodes\)|D5 relay", errors[0][1]) for errors in by_rank)
+    assert all(errors[0] == errors[1] for errors in by_rank)
 
 
 def die(group: dist.ProcessGroup, moment: str, backend: str, ranks_per_node: int) -> Errors:

@@ -28,9 +28,10 @@ SMALL = Workload(num_ranks=8, ranks_per_node=4, num_tokens=2000, hidden=256, num
 
 @pytest.mark.parametrize("topk_groups", [None, 1, 2])
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4, 8])
-def test_rows_of_the_oracle(ranks_per_node: int, topk_groups: int | None) -> None:
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_rows_of_the_oracle(layout: LayoutName, ranks_per_node: int, topk_groups: int | None) -> None:
     """Drawn tokens, counted by tests/reference.py; the mean over ranks, since each has its own luck."""
-    workload = replace(SMALL, ranks_per_node=ranks_per_node)
+    workload = replace(SMALL, ranks_per_node=ranks_per_node, layout=layout)
     if topk_groups is not None and topk_groups * 32 // workload.num_nodes < 4:
         pytest.skip("too few experts in so many groups")
     workload = replace(workload, topk_groups=topk_groups if (topk_groups or 0) <= workload.num_nodes else None)
@@ -39,10 +40,10 @@ def test_rows_of_the_oracle(ranks_per_node: int, topk_groups: int | None) -> Non
         synthetic("uniform", 2000, 32, 4, 8, seed=rank, num_groups=groups, topk_groups=workload.topk_groups)[0]
         for rank in range(8)
     ]
-    setting = reference.Setting(8, ranks_per_node, 32, 4)
+    setting = reference.Setting(8, ranks_per_node, 32, 4, layout)
     spread = find_spread(workload)
     for combining, found in ((False, dispatch_traffic(workload, spread)), (True, combine_traffic(workload, spread))):
-        near, far = reference.wire_rows(setting, idx, combining)
+        near, far = reference.wire_rows(setting, idx, combining, pulled=True)
         assert found.nvlink_rows == pytest.approx(sum(near) / 8, rel=0.01)
         assert found.network_rows == pytest.approx(sum(far) / 8, rel=0.01)
 
@@ -167,7 +168,8 @@ def test_rows_by_hand() -> None:
     assert back.nvlink_out == back.nvlink_in == 20 * 256 and back.network_out == back.network_in == 10 * 256
     assert back.sm_in == (20 + 10) * 256 and back.sm_out == (10 + 10) * 256
     doubled = replace(workload, layout="expert")
-    assert dispatch_traffic(doubled, spread).sm_out == 40 * 256 + 20 * 32 + 10 * stream + 4 * counts
+    # Rank 0 stores the 20 rows that it pulls, and as a relay 10 of those that come from the other node.
+    assert dispatch_traffic(doubled, spread).sm_out == 30 * 256 + 20 * 32 + 10 * stream + 4 * counts
     assert combine_traffic(doubled, spread).sm_in == (20 + 10 + 40) * 256
 
 

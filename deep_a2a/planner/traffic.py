@@ -76,6 +76,12 @@ class Rows:
     received_slots: float
     sent_to_nodes: float
     relayed: float
+    # Rows of `x` that cross NVLink: a row for all experts of a rank, but for each where a relay stores to experts.
+    near_out: float
+    near_in: float
+    # Where rows are pulled: those that come from the own node, and the rows of `x` that this rank stores as a relay.
+    pulled: float
+    relayed_slots: float
 
 
 def count_rows(workload: Workload, spread: Spread) -> list[Rows]:
@@ -84,17 +90,24 @@ def count_rows(workload: Workload, spread: Spread) -> list[Rows]:
     rows = []
     for rank in range(workload.num_ranks):
         node = rank // locals_
-        on_node = sum(spread.rank_hits[node * locals_ : (node + 1) * locals_])
+        ranks = slice(node * locals_, (node + 1) * locals_)
+        on_node, slots_on_node = sum(spread.rank_hits[ranks]), sum(spread.rank_slots[ranks])
+        hits, slots = spread.rank_hits[rank], spread.rank_slots[rank]
+        copies, copies_on_node = (hits, on_node) if workload.layout == "rank" else (slots, slots_on_node)
         rows.append(
             Rows(
                 tokens=tokens,
                 to_own_node=tokens * spread.node_hits[node],
                 written=tokens * nodes * on_node,
-                written_here=tokens * nodes * spread.rank_hits[rank],
-                received=tokens * workload.num_ranks * spread.rank_hits[rank],
-                received_slots=tokens * workload.num_ranks * spread.rank_slots[rank],
+                written_here=tokens * nodes * hits,
+                received=tokens * workload.num_ranks * hits,
+                received_slots=tokens * workload.num_ranks * slots,
                 sent_to_nodes=tokens * (spread.nodes_per_token - spread.node_hits[node]),
                 relayed=tokens * (nodes - 1) * spread.node_hits[node],
+                near_out=tokens * (on_node - hits + (nodes - 1) * (copies_on_node - copies)),
+                near_in=tokens * (locals_ - 1) * (hits + (nodes - 1) * copies),
+                pulled=tokens * locals_ * hits,
+                relayed_slots=tokens * (nodes - 1) * slots_on_node,
             )
         )
     return rows
@@ -110,14 +123,16 @@ def dispatch_traffic(workload: Workload, spread: Spread) -> Traffic:
     counts_near, counts_far = nodes * (locals_ - 1) * counts, (nodes - 1) * counts
 
     def sm_out(r: Rows) -> float:
-        stored = r.received_slots * row + r.written * record if pulled else r.written * (row + record)
+        pulled_slots = r.received_slots / nodes  # what comes from each node is alike
+        stored = (pulled_slots + r.relayed_slots) * row if pulled else r.written * row
+        stored += r.written * record
         return stored + r.sent_to_nodes * stream + nodes * locals_ * counts
 
     def sm_in(r: Rows) -> float:
         # A load serves all rows of a token on its node, and one more those of all other nodes.
         packed = r.tokens * row if nodes > 1 else 0.0
-        rows = r.received * row if pulled else r.to_own_node * row + r.relayed * stream
-        return rows + packed
+        own = r.pulled if pulled else r.to_own_node
+        return own * row + r.relayed * stream + packed
 
     def memory(r: Rows) -> float:
         # Stream rows are stored, read by the network, stored by it, and read again.
@@ -131,12 +146,12 @@ def dispatch_traffic(workload: Workload, spread: Spread) -> Traffic:
     return Traffic(
         op="dispatch",
         row_bytes=row,
-        nvlink_rows=_most(every, _near_out, _near_in),
+        nvlink_rows=_most(every, _dispatched_out, _dispatched_in),
         network_rows=_most(every, _far_out, _far_in),
         logical_rows=_most(every, lambda r: r.received),
         node_rows=workload.num_tokens * spread.nodes_per_token,
-        nvlink_out=_most(every, _near_out) * (row + record) + counts_near,
-        nvlink_in=_most(every, _near_in) * (row + record) + counts_near,
+        nvlink_out=_most(every, lambda r: _dispatched_out(r) * row + _near_out(r) * record) + counts_near,
+        nvlink_in=_most(every, lambda r: _dispatched_in(r) * row + _near_in(r) * record) + counts_near,
         network_out=_most(every, _far_out) * stream + counts_far,
         network_in=_most(every, _far_in) * stream + counts_far,
         sm_out=_most(every, sm_out),
@@ -177,6 +192,14 @@ def combine_traffic(workload: Workload, spread: Spread) -> Traffic:
         each_sm_in=0.0,
         memory=_most(every, memory),
     )
+
+
+def _dispatched_out(rows: Rows) -> float:
+    return rows.near_out
+
+
+def _dispatched_in(rows: Rows) -> float:
+    return rows.near_in
 
 
 def _near_out(rows: Rows) -> float:
