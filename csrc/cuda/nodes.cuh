@@ -92,18 +92,6 @@ __device__ inline int rows_before_round(const Context& c, const DispatchTask& t,
   return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
 }
 
-// What a lane has to know of a token for its stream's row: as a top-k slot its expert, weight and places.
-__device__ inline RouteEntry fetch_route(const Context& c, const DispatchTask& t, int token) {
-  RouteEntry route{-1, 0.0f, -1, -1};
-  if (t.cached || lane_idx() >= c.shape.num_topk) return route;
-  const int64_t entry = int64_t{token} * c.shape.num_topk + lane_idx();
-  route.expert = t.source.experts[entry];
-  route.weight = t.args.topk_weights != nullptr ? t.args.topk_weights[entry] : 1.0f;
-  route.rank_row = t.source.slot_places[entry];  // of no meaning for experts of other nodes
-  if (c.shape.row_per_expert()) route.expert_row = t.source.expert_places[entry];
-  return route;
-}
-
 // A row's scales, as they lie at the caller: some words a lane where they fit registers.
 struct ScaleWords {
   static constexpr int kWords = 2;  // 8192 channels
@@ -130,37 +118,91 @@ struct ScaleWords {
   }
 };
 
-// One row of a stream: payload, scales, and the route entries with their places. `meanwhile` as for move_row().
-template <class Meanwhile>
-__device__ void pack_row(const Context& c, const DispatchTask& t, int node, int token, RouteEntry route, char* to,
-                         Meanwhile&& meanwhile) {
-  const StreamRow layout = stream_row_of(c, t);
-  const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
-  if (t.args.cast != Cast::kNone) {
-    meanwhile();
-    cast_row(from, to, to + layout.side_offset, c.shape.hidden, t.args.cast, t.args.scale_format);
-  } else {
-    const char* scales = static_cast<const char*>(t.args.scales) + token * t.args.scales_pitch;
-    const int scale_bytes = t.args.scales != nullptr ? t.args.format.scale_bytes : 0;
-    const bool early = ScaleWords::fit(t);
-    ScaleWords words{};
-    move_row(from, t.args.format.payload_bytes, 1, to, [&] {
-      if (early) words.load(scales, scale_bytes);
+// Makes rows of one stream: payload, scales, and the route entries with their places. What does not change from row to
+// row is kept: behind every store the compiler takes it that anything in memory may have changed.
+class Packer {
+ public:
+  __device__ Packer(const Context& c, const DispatchTask& t, int node)
+      : layout_(stream_row_of(c, t)),
+        cast_(t.args.cast),
+        scale_format_(t.args.scale_format),
+        scales_fit_(ScaleWords::fit(t)),
+        rows_(static_cast<const char*>(t.args.x)),
+        scales_(static_cast<const char*>(t.args.scales)),
+        pitch_(t.args.x_pitch),
+        scales_pitch_(t.args.scales_pitch),
+        payload_bytes_(t.args.format.payload_bytes),
+        scale_bytes_(t.args.scales != nullptr && t.args.cast == Cast::kNone ? t.args.format.scale_bytes : 0),
+        hidden_(c.shape.hidden),
+        topk_(t.cached ? 0 : c.shape.num_topk),
+        first_expert_(node * c.sizes.node_num_experts),
+        node_experts_(c.sizes.node_num_experts),
+        experts_(t.source.experts),
+        weights_(t.args.topk_weights),
+        rank_places_(t.source.slot_places),
+        expert_places_(c.shape.row_per_expert() ? t.source.expert_places : nullptr) {}
+
+  __device__ int64_t row_bytes() const { return layout_.bytes; }
+
+  // What a lane has to know of a token: as a top-k slot its expert, weight and places.
+  __device__ RouteEntry fetch_route(int token) const {
+    RouteEntry route{-1, 0.0f, -1, -1};
+    if (lane_idx() >= topk_) return route;
+    const int64_t entry = int64_t{token} * topk_ + lane_idx();
+    route.expert = experts_[entry];
+    route.weight = weights_ != nullptr ? weights_[entry] : 1.0f;
+    route.rank_row = rank_places_[entry];  // of no meaning for experts of other nodes
+    if (expert_places_ != nullptr) route.expert_row = expert_places_[entry];
+    return route;
+  }
+
+  // `meanwhile` as for move_row().
+  template <class Meanwhile>
+  __device__ void row(int token, RouteEntry route, char* to, Meanwhile&& meanwhile) const {
+    const char* from = rows_ + token * pitch_;
+    if (cast_ != Cast::kNone) {
       meanwhile();
-    });
-    if (early) {
-      words.store(to + layout.side_offset, scale_bytes);
+      cast_row(from, to, to + layout_.side_offset, hidden_, cast_, scale_format_);
     } else {
-      copy_bytes(to + layout.side_offset, scales, scale_bytes);
+      const char* scales = scales_ + token * scales_pitch_;
+      ScaleWords words{};
+      move_row(from, payload_bytes_, 1, to, [&] {
+        if (scales_fit_) words.load(scales, scale_bytes_);
+        meanwhile();
+      });
+      if (scales_fit_) {
+        words.store(to + layout_.side_offset, scale_bytes_);
+      } else {
+        copy_bytes(to + layout_.side_offset, scales, scale_bytes_);
+      }
     }
+    if (lane_idx() >= topk_) return;
+    if (static_cast<uint32_t>(route.expert - first_expert_) >= static_cast<uint32_t>(node_experts_)) {
+      route = {-1, route.weight, -1, -1};
+    }
+    reinterpret_cast<RouteEntry*>(to + layout_.routes_offset)[lane_idx()] = route;
   }
-  if (t.cached || lane_idx() >= c.shape.num_topk) return;
-  const int first_expert = node * c.sizes.node_num_experts;
-  if (route.expert < first_expert || route.expert >= first_expert + c.sizes.node_num_experts) {
-    route = {-1, route.weight, -1, -1};
-  }
-  reinterpret_cast<RouteEntry*>(to + layout.routes_offset)[lane_idx()] = route;
-}
+
+ private:
+  const StreamRow layout_;
+  const Cast cast_;
+  const ScaleFormat scale_format_;
+  const bool scales_fit_;
+  const char* const rows_;
+  const char* const scales_;
+  const int64_t pitch_;
+  const int64_t scales_pitch_;
+  const int payload_bytes_;
+  const int scale_bytes_;
+  const int hidden_;
+  const int topk_;  // entries of a row's route
+  const int first_expert_;
+  const int node_experts_;
+  const int32_t* const experts_;
+  const float* const weights_;
+  const int32_t* const rank_places_;
+  const int32_t* const expert_places_;
+};
 
 __device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int stream, int round) {
   return rows_before_round(c, t, stream, round + 1) - rows_before_round(c, t, stream, round);
@@ -179,19 +221,20 @@ __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int
 // A call of its own, for the sake of registers.
 static __device__ __attribute__((noinline)) void d4_send_chunk(const Context& c, const DispatchTask& t,
                                                                const Chunk& chunk) {
-  const int64_t row_bytes = stream_row_of(c, t).bytes;
   const Stream stream = stream_of(c, chunk.stream);
+  const Packer packer(c, t, stream.node);
+  const int64_t row_bytes = packer.row_bytes();
+  char* out = row_out(c, stream, chunk.round, chunk.first_row, row_bytes);
   const int32_t* tokens = t.source.stream_tokens + int64_t{chunk.stream} * t.args.num_tokens +
                           rows_before_round(c, t, chunk.stream, chunk.round);
   for (int first = chunk.first_row; first < chunk.end_row; first += kWarpThreads) {
     const int rows = min(kWarpThreads, chunk.end_row - first);
     const int own = lane_idx() < rows ? tokens[first + lane_idx()] : 0;  // of the lane's row
-    RouteEntry next = fetch_route(c, t, __shfl_sync(kFullWarp, own, 0));
-    for (int i = 0; i < rows; ++i) {
+    RouteEntry next = packer.fetch_route(__shfl_sync(kFullWarp, own, 0));
+    for (int i = 0; i < rows; ++i, out += row_bytes) {
       const RouteEntry route = next;
       const int token = __shfl_sync(kFullWarp, own, i), following = __shfl_sync(kFullWarp, own, min(i + 1, rows - 1));
-      pack_row(c, t, stream.node, token, route, row_out(c, stream, chunk.round, first + i, row_bytes),
-               [&] { next = fetch_route(c, t, following); });
+      packer.row(token, route, out, [&] { next = packer.fetch_route(following); });
     }
   }
   put_chunk(c, chunk, row_bytes);

@@ -28,7 +28,12 @@ __device__ inline bool drain_streams(const Context& c) {
 class Relay {
  public:
   __device__ Relay(const Context& c, const DispatchTask& t, const BasesArena& bases)
-      : c_(c), t_(t), bases_(bases), layout_(stream_row_of(c, t)) {}
+      : c_(c), t_(t), bases_(bases), layout_(stream_row_of(c, t)), format_(t.args.format), cached_(t.cached) {
+    if (lane_idx() >= c.num_locals()) return;
+    rows_ = c.region(lane_idx(), Region::kRecvRows, t.args.slot);
+    scales_ = c.region(lane_idx(), Region::kRecvScales, t.args.slot);
+    records_ = c.region(lane_idx(), Region::kRecvRoutes, t.args.slot);
+  }
 
   // How many rows a round of a stream has; negative where the kernel has to be left. One lane.
   __device__ int round_rows(int stream, int round) const {
@@ -60,6 +65,10 @@ class Relay {
   }
 
  private:
+  __device__ static char* of_lane(char* pointer, int lane) {
+    return reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(pointer), lane));
+  }
+
   // `meanwhile` as for move_row().
   template <class Meanwhile>
   __device__ void row(const Chunk& chunk, int row, const RouteEntry& fetched, Meanwhile&& meanwhile) const {
@@ -79,7 +88,7 @@ class Relay {
     } else {
       store_row(from, rank_row >= 0 ? lane_idx() : -1, rank_row, meanwhile);
     }
-    if (!t_.cached) store_records(route, rank_row, ranks);
+    if (!cached_) store_records(route, rank_row, ranks);
   }
 
   // Of the lane's slot: as it came, or final from the handle.
@@ -107,17 +116,13 @@ class Relay {
   // To the lane's row of `x` at a rank of the node; lanes with rank -1 have none.
   template <class Meanwhile>
   __device__ void store_row(const char* from, int local, int64_t row, Meanwhile&& meanwhile) const {
-    const RowFormat& format = t_.args.format;
     const uint32_t targets = __ballot_sync(kFullWarp, local >= 0);
-    char *rows = nullptr, *scales = nullptr;
-    if (local >= 0) {
-      rows = c_.region(local, Region::kRecvRows, t_.args.slot) + row * format.payload_bytes;
-      scales = c_.region(local, Region::kRecvScales, t_.args.slot) + row * format.scale_pitch();
-    }
+    char* rows = of_lane(rows_, max(local, 0)) + row * format_.payload_bytes;
+    char* scales = of_lane(scales_, max(local, 0)) + row * format_.scale_pitch();
     // The first 512 bytes of scales, which is mostly all of them, are on their way while the payload is waited for.
-    const int span = format.scale_span(), early_bytes = min(span, 16 * kWarpThreads);
+    const int span = format_.scale_span(), early_bytes = min(span, 16 * kWarpThreads);
     uint4 early = make_uint4(0, 0, 0, 0);
-    move_row(from, format.payload_bytes, targets, rows, [&] {
+    move_row(from, format_.payload_bytes, targets, rows, [&] {
       if (lane_idx() * 16 < span) early = reinterpret_cast<const uint4*>(from + layout_.side_offset)[lane_idx()];
       meanwhile();
     });
@@ -130,14 +135,14 @@ class Relay {
       move_row(from + layout_.side_offset + early_bytes, span - early_bytes, targets, scales + early_bytes, [] {});
     }
     count_bytes(__popc(__ballot_sync(kFullWarp, local >= 0 && local != c_.local_rank())),
-                format.payload_bytes + format.scale_span());
+                format_.payload_bytes + format_.scale_span());
   }
 
   __device__ void store_records(const RouteEntry& route, int32_t rank_row, uint32_t ranks) const {
     for (uint32_t left = ranks; left != 0; left &= left - 1) {
       const int local = __ffs(static_cast<int>(left)) - 1;
       const int64_t there = __shfl_sync(kFullWarp, rank_row, local);
-      char* records = c_.region(local, Region::kRecvRoutes, t_.args.slot);
+      char* records = of_lane(records_, local);
       const RouteRecord record = RouteRecord::at(c_.shape, records + there * c_.sizes.record_bytes);
       if (record.from_row != nullptr && lane_idx() == 0) *record.from_row = -1;  // it is not pulled
       if (lane_idx() >= c_.shape.num_topk) continue;
@@ -156,7 +161,13 @@ class Relay {
   const Context& c_;
   const DispatchTask& t_;
   const BasesArena bases_;
+  // Kept, as in Packer; of the lane's rank, where its rows of `x`, their scales, and the records start.
   const StreamRow layout_;
+  const RowFormat format_;
+  const bool cached_;
+  char* rows_ = nullptr;
+  char* scales_ = nullptr;
+  char* records_ = nullptr;
 };
 
 // The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
