@@ -53,6 +53,11 @@ def on_nodes(num_ranks: int, sizes: Iterable[int], first: int = 0) -> pytest.Mar
     return pytest.mark.parametrize(("backend", "ranks_per_node"), params)
 
 
+def several(topologies: Iterable[str]) -> list[str]:
+    """Those with more than one node."""
+    return [topology for topology in topologies if not topology.startswith("1x")]
+
+
 def on_topologies(nodes: Mapping[str, Iterable[str]] = NODES, first: int = 0) -> pytest.MarkDecorator:
     """`backend`, of all but the `first` ones, with `topology`, one of the backend's `nodes`."""
     params = [
@@ -64,6 +69,7 @@ def on_topologies(nodes: Mapping[str, Iterable[str]] = NODES, first: int = 0) ->
 
 
 on_usual_nodes = on_topologies(USUAL_NODES)
+on_several_nodes = on_topologies({name: several(nodes) for name, nodes in USUAL_NODES.items()})
 on_usual_nodes_of_devices = on_topologies(USUAL_NODES, 1)
 
 

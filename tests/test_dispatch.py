@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from backends import on_topologies, on_usual_nodes
+from backends import NODES, on_several_nodes, on_topologies, on_usual_nodes, several
 from checks import check
-from generators import LAYOUTS, PAYLOADS, ROUTINGS, case_on
+from generators import LAYOUTS, PAYLOADS, ROUTINGS, Case, case_on
 from pool import Pool
 
 FEW_EXPERTS: dict[str, Any] = {"local_experts": 1, "num_topk": 2, "expert_capacity": 40}
@@ -59,39 +59,44 @@ CASES: dict[str, dict[str, Any]] = {
     "cached FP8": {"cached": True, "payload": "cast fp8_e4m3:float32"},
     "cached, sparse": {"cached": True, "routing": "sparse"},
     "one slot": {"num_slots": 1, "cached": True},
-    # Tokens between nodes in 8, 4 and 3 rounds, and in 150; streams that have rows in some rounds alone.
-    **{f"rounds of {tokens}": {"staging_tokens": tokens, "cached": True, "side": True} for tokens in (1, 2, 3)},
-    "rounds, no tokens anywhere": {"staging_tokens": 1, "tokens": (0,) * 8, "cached": True},
-    "rounds, tokens on one rank": {"staging_tokens": 1, "tokens": (0, 0, 0, 0, 0, 8, 0, 0), "cached": True},
-    "rounds, tokens on the first ranks": {"staging_tokens": 1, "tokens": (8, 8, 1, 0, 0, 0, 0, 0), "cached": True},
-    "rounds, one rank has all": {"staging_tokens": 2, "routing": "one_rank", "side": True},
-    "rounds, nowhere": {"staging_tokens": 1, "routing": "nowhere", "side": True},
-    "rounds, sparse, disturbed": {
+    "all modes": dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
+}
+
+
+# Tokens between nodes in 8, 4 and 3 rounds, and in 150; streams that have rows in some rounds alone.
+ROUNDS: dict[str, dict[str, Any]] = {
+    **{f"of {tokens}": {"staging_tokens": tokens, "cached": True, "side": True} for tokens in (1, 2, 3)},
+    "no tokens anywhere": {"staging_tokens": 1, "tokens": (0,) * 8, "cached": True},
+    "tokens on one rank": {"staging_tokens": 1, "tokens": (0, 0, 0, 0, 0, 8, 0, 0), "cached": True},
+    "tokens on the first ranks": {"staging_tokens": 1, "tokens": (8, 8, 1, 0, 0, 0, 0, 0), "cached": True},
+    "one rank has all": {"staging_tokens": 2, "routing": "one_rank", "side": True},
+    "nowhere": {"staging_tokens": 1, "routing": "nowhere", "side": True},
+    "sparse, disturbed": {
         "staging_tokens": 1,
         "routing": "sparse",
         "num_topk": 2,
         "network_seed": 3,
         "cached": True,
     },
-    "rounds, disturbed": {"staging_tokens": 1, "tokens": (8,) * 8, "network_seed": 4, "cached": True, "side": True},
-    "rounds, repeated": {"staging_tokens": 3, "routing": "repeated"},
-    "rounds, FP8": {"staging_tokens": 2, "payload": "fp8_e5m2:ue8m0", "hidden": 272, "cached": True},
-    "rounds, FP8 cast": {"staging_tokens": 2, "payload": "cast fp8_e4m3:float32", "hidden": 272, "cached": True},
-    "rounds, FP8 cast, halves": {"staging_tokens": 1, "payload": "cast fp8_e4m3:ue8m0", "hidden": 272, "halves": True},
-    "rounds, fixed shapes": {"staging_tokens": 1, "host_sync": False, "cached": True},
-    "rounds, all modes": {
+    "disturbed": {"staging_tokens": 1, "tokens": (8,) * 8, "network_seed": 4, "cached": True, "side": True},
+    "repeated": {"staging_tokens": 3, "routing": "repeated"},
+    "FP8": {"staging_tokens": 2, "payload": "fp8_e5m2:ue8m0", "hidden": 272, "cached": True},
+    "FP8 cast": {"staging_tokens": 2, "payload": "cast fp8_e4m3:float32", "hidden": 272, "cached": True},
+    "FP8 cast, halves": {"staging_tokens": 1, "payload": "cast fp8_e4m3:ue8m0", "hidden": 272, "halves": True},
+    "fixed shapes": {"staging_tokens": 1, "host_sync": False, "cached": True},
+    "all modes": {
         "staging_tokens": 1,
         **dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
     },
-    "rounds, owned, strided": {"staging_tokens": 2, "output": "owned", "strided": True, "async_op": True},
-    "rounds, many": {
+    "owned, strided": {"staging_tokens": 2, "output": "owned", "strided": True, "async_op": True},
+    "many": {
         "staging_tokens": 1,
         "max_tokens": 150,
         "tokens": (150, 149, 0, 1, 77, 150, 33, 2),
         "hidden": 8,
         "cached": True,
     },
-    "rounds of several chunks": {
+    "several chunks": {
         "staging_tokens": 12,
         "max_tokens": 40,
         "tokens": (40, 39, 0, 1, 40, 13, 25, 12),
@@ -101,7 +106,6 @@ CASES: dict[str, dict[str, Any]] = {
         **FEW_EXPERTS,
         "expert_capacity": 320,
     },
-    "all modes": dict.fromkeys(("lent", "halves", "async_op", "cached", "side", "zero_padding"), True),
 }
 
 
@@ -112,16 +116,31 @@ def test_case(pools: Callable[[int], Pool], backend: str, topology: str, name: s
     check(pools(cases[0].num_ranks), cases)
 
 
-@on_topologies()
-@pytest.mark.parametrize("staging_tokens", [None, 1])
-def test_topology(pools: Callable[[int], Pool], backend: str, topology: str, staging_tokens: int | None) -> None:
-    usual = case_on(backend, topology=topology, staging_tokens=staging_tokens, cached=True)
-    cases = [
+@on_several_nodes
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds(pools: Callable[[int], Pool], backend: str, topology: str, name: str) -> None:
+    cases = [case_on(backend, topology=topology, **{"layout": layout, **ROUNDS[name]}) for layout in LAYOUTS]
+    check(pools(cases[0].num_ranks), cases)
+
+
+def cases_of(usual: Case) -> list[Case]:
+    return [
         replace(usual, layout=layout, payload=payload, routing=routing)
         for layout in LAYOUTS
         for payload, routing in [("bf16", "uniform"), ("cast fp8_e4m3:float32", "sparse")]
     ]
-    check(pools(cases[0].num_ranks), cases)
+
+
+@on_topologies()
+def test_topology(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
+    usual = case_on(backend, topology=topology, cached=True)
+    check(pools(usual.num_ranks), cases_of(usual))
+
+
+@on_topologies({name: several(nodes) for name, nodes in NODES.items()})
+def test_topology_in_rounds(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
+    usual = case_on(backend, topology=topology, staging_tokens=1, cached=True)
+    check(pools(usual.num_ranks), cases_of(usual))
 
 
 @on_usual_nodes
