@@ -47,10 +47,14 @@ def allocate(job: Job, group: Group, nbytes: int, timeout_s: float) -> list[Any]
 
     together(group, take, timeout_s, "take its window")  # all are zeroed before anyone puts
     own = taken[0]
-    return [
-        own if rank == group.rank else heap.reach(window=own, pe=pe, device=job.device)
-        for rank, pe in enumerate(job.pes)
-    ]
+    windows: list[Any] = []
+
+    def reach() -> None:
+        for rank, pe in enumerate(job.pes):
+            windows.append(own if rank == group.rank else heap.reach(window=own, pe=pe, device=job.device))
+
+    together(group, reach, timeout_s, "reach the windows of its peers")
+    return windows
 
 
 def common_range(offers: list[list[Range]], nbytes: int, alignment: int) -> tuple[int, int] | None:

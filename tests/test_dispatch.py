@@ -79,6 +79,13 @@ ROUNDS: dict[str, dict[str, Any]] = {
         "cached": True,
     },
     "disturbed": {"staging_tokens": 1, "tokens": (8,) * 8, "network_seed": 4, "cached": True, "side": True},
+    "ranks without tokens, disturbed": {
+        "staging_tokens": 1,
+        "tokens": (8, 0, 8, 0, 8, 0, 0, 8),
+        "network_seed": 6,
+        "cached": True,
+        "side": True,
+    },
     "repeated": {"staging_tokens": 3, "routing": "repeated"},
     "FP8": {"staging_tokens": 2, "payload": "fp8_e5m2:ue8m0", "hidden": 272, "cached": True},
     "FP8 cast": {"staging_tokens": 2, "payload": "cast fp8_e4m3:float32", "hidden": 272, "cached": True},

@@ -114,11 +114,12 @@ def test_release_waits_for_combine(pools: Callable[[int], Pool], backend: str, r
 
 
 def combine_refused(
-    group: dist.ProcessGroup, backend: str, ranks_per_node: int, layout: Any
+    group: dist.ProcessGroup, backend: str, ranks_per_node: int, layout: Any, staging_bytes: int | None
 ) -> tuple[set[str], bool, bool]:
     """What was raised on the way, whether the sums were zero, and whether the buffer could be used afterwards."""
     raised = set()
-    with deep_a2a.Buffer(group, layout=layout, max_recv_rows=16, **place(backend, ranks_per_node), **SIZES) as buffer:
+    settings: dict[str, Any] = {"layout": layout, "max_recv_rows": 16, "staging_bytes": staging_bytes, **SIZES}
+    with deep_a2a.Buffer(group, **place(backend, ranks_per_node), **settings) as buffer:
         x, idx = tokens(buffer, 3.0)
         result = buffer.dispatch(x, idx, host_sync=False, async_op=True)
         rows = torch.ones_like(result.x)
@@ -128,6 +129,11 @@ def combine_refused(
         raised.add(error_of(lambda: settle(buffer))[0])
         zero = bool((combined.x == 0).all()) and result.num_rows_tensor.tolist() == [0, 0]
         result.release()
+        cached = buffer.dispatch(x, handle=result.handle, async_op=True)
+        assert cached.event is not None
+        cached.event.synchronize()
+        zero = zero and cached.num_rows_tensor.tolist() == [0, 0]
+        cached.release()
         again = buffer.dispatch(*tokens(buffer, 5.0, count=4))
         right = bool((again.x[: again.num_rows] == 5).all())
         again.release()
@@ -136,11 +142,12 @@ def combine_refused(
 
 @on_pairs
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_combine_of_a_refused_dispatch(
-    pools: Callable[[int], Pool], backend: str, ranks_per_node: int, layout: str
+@pytest.mark.parametrize("staging_bytes", [None, 20000])  # in one round, or in four, of up to 17 tokens
+def test_use_of_a_refused_dispatch(
+    pools: Callable[[int], Pool], backend: str, ranks_per_node: int, layout: str, staging_bytes: int | None
 ) -> None:
-    """Nothing stops the combine of the same step where the host does not wait: it gives zeros."""
-    for raised, zero, right in pools(2).run(combine_refused, backend, ranks_per_node, layout):
+    """Nothing stops the combine of the same step where the host does not wait: it gives zeros. So does a cached one."""
+    for raised, zero, right in pools(2).run(combine_refused, backend, ranks_per_node, layout, staging_bytes):
         assert raised == {"CapacityError", ""} and zero and right
 
 

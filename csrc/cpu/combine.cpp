@@ -29,7 +29,7 @@ void Combine::receive(const Turn& turn) {
   c2_wait_ready(turn, Step::kC2Gather);
   for (int round = 0; round < shape_.num_rounds(); ++round) {
     c2_c4_sum(turn, round);
-    c4_round_end(turn, round);
+    c4_give_credit(turn, round);
     if (is_filled_again(shape_, round)) c3_relay(turn, round + kStagedRounds);
   }
   c5_credit_returned(turn);
@@ -121,6 +121,7 @@ void Combine::c3_relay(const Turn& turn, int round) {
       wait_chunk_credit(transport_, turn, Step::kC3Relay, stream, round - kStagedRounds, 1);
     }
     const RoundStarts& starts = handle_->relay_round_starts[stream];
+    if (starts[round] == starts[round + 1]) continue;  // the source knows
     OutRound out(transport_, turn, stream, round, tag_, stream_row_.bytes, round_rows(starts, round));
     for (int row = starts[round]; row < starts[round + 1]; ++row) {
       const RouteEntry* entries = &handle_->relay_routes[stream][static_cast<size_t>(row) * shape_.num_topk];
@@ -200,11 +201,10 @@ void Combine::c2_c4_sum(const Turn& turn, int round) {
   }
 }
 
-// The tokens have asked for every row, so what is left to see is the chunk of a stream that has none in this round.
-void Combine::c4_round_end(const Turn& turn, int round) {
-  for (int stream = 0; stream < shape_.topology.num_peer_nodes(); ++stream) {
-    c4_wait_chunks(turn, stream, round, num_chunks(shape_, round_rows(handle_->round_starts[stream], round)));
-    if (is_filled_again(shape_, round)) give_chunk_credit(transport_, turn, stream, round, 0);
+// The tokens have asked for every row of the round.
+void Combine::c4_give_credit(const Turn& turn, int round) {
+  for (int stream = 0; is_filled_again(shape_, round) && stream < shape_.topology.num_peer_nodes(); ++stream) {
+    give_chunk_credit(transport_, turn, stream, round, 0);
   }
 }
 

@@ -33,7 +33,7 @@ class Combine {
   void c2_wait_ready(const Turn& turn, Step step);
   void c3_relay(const Turn& turn, int round);
   void c2_c4_sum(const Turn& turn, int round);
-  void c4_round_end(const Turn& turn, int round);
+  void c4_give_credit(const Turn& turn, int round);
   void c5_credit_returned(const Turn& turn);
 
   const uint16_t* stream_row(const Turn& turn, int stream, int round, int row);

@@ -11,6 +11,8 @@ namespace deep_a2a::cpu {
 namespace {
 
 constexpr int64_t kMaxPieces = 8;
+constexpr unsigned kOneKeptBackIn = 16;
+constexpr std::chrono::milliseconds kKeptBack{3};
 
 void set_word(const Put& put) {
   store_release(put.word, put.value);
@@ -42,7 +44,8 @@ void DisturbedNetwork::submit(const Put& put) {
   if (std::any_of(pending_.begin(), pending_.end(), same_word)) violation_ = "two puts in flight for one word";
   if (!violation_.empty()) throw std::logic_error(violation_);
   const int64_t pieces = put.bytes > 0 ? 1 + static_cast<int64_t>(random_() % kMaxPieces) : 0;
-  Pending pending{put, {put.from, put.from + put.bytes}, {}, pieces > 0 ? (put.bytes + pieces - 1) / pieces : 0};
+  Pending pending{put, {put.from, put.from + put.bytes}, {}, pieces > 0 ? (put.bytes + pieces - 1) / pieces : 0, {}};
+  if (random_() % kOneKeptBackIn == 0) pending.not_before = std::chrono::steady_clock::now() + kKeptBack;
   for (int64_t start = 0; start < put.bytes; start += pending.piece_bytes) pending.pieces.push_back(start);
   std::shuffle(pending.pieces.begin(), pending.pieces.end(), random_);
   pending_.push_back(std::move(pending));
@@ -64,16 +67,29 @@ void DisturbedNetwork::run() {
   }
 }
 
+int64_t DisturbedNetwork::choose() {
+  const auto now = std::chrono::steady_clock::now();
+  std::vector<int64_t> free;
+  for (size_t i = 0; i < pending_.size(); ++i) {
+    if (stopping_ || pending_[i].not_before <= now) free.push_back(static_cast<int64_t>(i));
+  }
+  return free.empty() ? -1 : free[random_() % free.size()];
+}
+
 // One piece of one put, or its signal once no piece is left.
 void DisturbedNetwork::step(std::unique_lock<std::mutex>& lock) {
-  const size_t chosen = random_() % pending_.size();
-  Pending& pending = pending_[chosen];
+  const int64_t chosen = choose();
+  if (chosen < 0) {
+    wake_.wait_for(lock, kKeptBack / 8);
+    return;
+  }
+  Pending& pending = pending_[static_cast<size_t>(chosen)];
   if (pending.pieces.empty()) {
     const Put put = pending.put;
     if (!std::equal(pending.promised.begin(), pending.promised.end(), put.from)) {
       violation_ = "the source of a put was changed before it was delivered";
     }
-    pending_.erase(pending_.begin() + static_cast<int64_t>(chosen));
+    pending_.erase(pending_.begin() + chosen);
     lock.unlock();
     set_word(put);
     lock.lock();

@@ -1,6 +1,7 @@
 // The verb across nodes. In tests it can be told to deliver as badly as a network may.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -29,8 +30,9 @@ struct Put {
 void deliver(const Put& put);
 
 // Delivers puts from a thread of its own, in an order drawn from `seed`: late, in small pieces, pieces of several puts
-// interleaved, signals overtaking other puts and other signals. Only the bytes of a put precede its own signal. Watches
-// the rules that a real network relies on: one put in flight per word, sources left alone.
+// interleaved, signals overtaking other puts and other signals, some by so much that an operation may end meanwhile.
+// Only the bytes of a put precede its own signal. Watches the rules that a real network relies on: one put in flight
+// per word, sources left alone.
 class DisturbedNetwork {
  public:
   explicit DisturbedNetwork(uint64_t seed);
@@ -44,10 +46,13 @@ class DisturbedNetwork {
     std::vector<char> promised;   // the bytes as they were when submitted: the source may not touch them
     std::vector<int64_t> pieces;  // starts of the pieces still to be copied, in random order
     int64_t piece_bytes;
+    std::chrono::steady_clock::time_point not_before;
   };
 
   void run();
   void step(std::unique_lock<std::mutex>& lock);
+  // One of those that are not kept back, or -1; of all once no more come.
+  int64_t choose();
 
   std::mutex mutex_;
   std::condition_variable wake_;

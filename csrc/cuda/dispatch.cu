@@ -209,7 +209,9 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
     t.source.experts[i] = -1;
   }
   for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = 0;
-  for (int i = threadIdx.x; i < num_streams(c) * c.shape.num_rounds(); i += blockDim.x) t.relay.round_rows[i] = 0;
+  for (int i = threadIdx.x; i < num_streams(c) * c.shape.num_rounds(); i += blockDim.x) {
+    t.source.round_starts[i] = t.relay.round_rows[i] = 0;
+  }
   for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * num_streams(c); i += blockDim.x) {
     t.source.stream_rows[i] = -1;
   }

@@ -7,6 +7,11 @@
 namespace deep_a2a::cuda {
 namespace {
 
+// As many bytes as all drivers take.
+constexpr size_t kMostParameterBytes = 4096;
+static_assert(sizeof(Team) + sizeof(DispatchTask) <= kMostParameterBytes);
+static_assert(sizeof(Team) + sizeof(CombineTask) <= kMostParameterBytes);
+
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, const DeviceLimits& limits) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes),

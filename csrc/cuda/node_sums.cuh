@@ -70,6 +70,8 @@ class NodeSums {
       const Chunk chunk = Chunk::of(c_, stream, round, i / streams, t_.relay.round_rows[stream * rounds + round]);
       if (chunk.first_row >= chunk.end_row && (rounds == 1 || chunk.idx > 0)) continue;
       if (!ring_.loads) wait_room(chunk);
+      if (chunk.first_row >= chunk.end_row)
+        continue;  // the source knows, and waits for no word that it needs no row of
       RouteEntry next = fetch_route(chunk, chunk.first_row);
       for (int row = chunk.first_row; row < chunk.end_row; ++row) {
         const RouteEntry route = next;
@@ -133,6 +135,7 @@ class NodeSums {
       ok = wait_chunk_credit(c_, chunk.stream, chunk.round - kStagedRounds, 0, Step::kC3Relay);
     }
     if (!__all_sync(kFullWarp, ok)) aborted_ = true;
+    __syncwarp();
   }
 
   // The last warp to have summed its tokens of a round tells all relays that the round's rows have been read.

@@ -69,6 +69,7 @@ __device__ bool for_chunks(const Context& c, const ChunkTasks& tasks, int round,
   const int stream = task % num_streams(c), idx = task / num_streams(c);
   const int rows = exists ? rows_of(stream, idx) : 0;
   if (__any_sync(kFullWarp, rows < 0)) return false;
+  __syncwarp();  // what a lane has acquired is the warp's
   const bool put = exists && (idx * rows_per_chunk(c.shape) < rows || (idx == 0 && c.shape.num_rounds() > 1));
   for (uint32_t left = __ballot_sync(kFullWarp, put); left != 0; left &= left - 1) {
     const int lane = __ffs(static_cast<int>(left)) - 1;
@@ -88,7 +89,7 @@ __device__ inline int rows_before_round(const Context& c, const DispatchTask& t,
     return t.source.round_starts[stream * c.shape.num_rounds() + round];
   }
   if (t.cached) return t.source.stream_counts[stream];
-  const CountVector own = c.counts_at(c.local_rank(), c.team.rank);  // after own_counts_written()
+  const CountVector own = c.counts_at(c.local_rank(), c.team.rank);
   return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
 }
 
@@ -211,9 +212,12 @@ __device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int
 // One lane: the last chunk that was put from the same place has been read. Every credit that is given is waited for, so
 // that none is on its way when the next is given for the same word. False where the kernel has to be left.
 __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int stream, int round, int idx) {
+  const auto is_put = [&](int of_round) {
+    return idx == 0 || idx * rows_per_chunk(c.shape) < rows_of_round(c, t, stream, of_round);
+  };
   for (int before = round - kStagedRounds; before >= 0; before -= kStagedRounds) {
-    if (idx > 0 && idx * rows_per_chunk(c.shape) >= rows_of_round(c, t, stream, before)) continue;
-    return wait_chunk_credit(c, stream, before, idx, Step::kD4SendNodes);
+    if (is_put(before)) return wait_chunk_credit(c, stream, before, idx, Step::kD4SendNodes);
+    if (!is_put(round)) return true;  // it takes no room
   }
   return true;
 }

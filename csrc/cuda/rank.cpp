@@ -52,10 +52,6 @@ Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr
     team_.windows[local] = windows_[local]->data();
   }
 
-  std::copy(rail_pes.begin(), rail_pes.end(), team_.rail_pes);
-  for (size_t node = 0; node < rail_windows_.size(); ++node) {
-    team_.rail_windows[node] = rail_windows_[node] != nullptr ? rail_windows_[node]->data() : nullptr;
-  }
   const OnDevice on(device);
   limits_ = prepare_kernels(device);
   scratch_words_ = BlockCounts::words(shape) * limits_.num_sms;
@@ -63,6 +59,12 @@ Rank::Rank(const Shape& shape, int rank, int device, std::vector<std::shared_ptr
   check_cuda(cudaMalloc(&control_memory_, control_bytes), "cudaMalloc of the lanes' state");
   check_cuda(cudaMemset(control_memory_, 0, control_bytes), "cudaMemset of the lanes' state");
   team_.control = static_cast<Control*>(control_memory_);
+  std::vector<Rail> rails;
+  for (size_t node = 0; node < num_rail_pes; ++node) {
+    rails.push_back({rail_windows_[node] != nullptr ? rail_windows_[node]->data() : nullptr, rail_pes[node]});
+  }
+  check_cuda(cudaMemcpy(team_.control->rails, rails.data(), rails.size() * sizeof(Rail), cudaMemcpyHostToDevice),
+             "cudaMemcpy of the rail peers");
   scratch_ = reinterpret_cast<int32_t*>(team_.control + 1);
   const auto mailbox_bytes = sizeof(Mailbox) + static_cast<size_t>(shape.num_lanes) * refused_bytes();
   check_cuda(cudaHostAlloc(&mailbox_memory_, mailbox_bytes, cudaHostAllocMapped | cudaHostAllocPortable),

@@ -17,7 +17,7 @@ __device__ inline bool drain_streams(const Context& c) {
   for (int round = 0; round < min(rounds, kStagedRounds); ++round) {
     for (int chunk = 0; ok && (chunk * rows_per_chunk(c.shape) < rows || (rounds > 1 && chunk == 0)); ++chunk) {
       const uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, idx, round, chunk));
-      ok = wait(c, word, Tag::word(c.epoch, 0), Step::kD5Relay, stream.peer);
+      ok = wait_epoch(c, word, Step::kD5Relay, stream.peer);
       if (ok && rounds > 1) rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
     }
   }

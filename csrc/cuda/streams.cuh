@@ -26,8 +26,8 @@ __device__ inline Stream stream_of(const Context& c, int idx) {
           topology.stream_idx(node, own),
           node,
           topology.rank_of(node, c.local_rank()),
-          c.team.rail_pes[node],
-          c.team.rail_windows[node]};
+          c.team.control->rails[node].pe,
+          c.team.control->rails[node].window};
 }
 
 // Some rows of a round of a stream. Rows count from the first of the round.

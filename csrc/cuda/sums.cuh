@@ -192,7 +192,7 @@ class Sums {
     const int part = place >= 0 ? place >> t_.plan.part_shift : -1;
     if (c_.shape.row_per_expert() && part > seen_ && !aborted_) {
       const uint64_t* word = c_.own_word(Region::kReadyPart, int64_t{lane_idx()} * kMaxReadyParts + part);
-      aborted_ = !wait(c_, word, Tag::word(c_.epoch, 0), Step::kC2Gather, c_.neighbour(lane_idx()));
+      aborted_ = !wait_epoch(c_, word, Step::kC2Gather, c_.neighbour(lane_idx()));
       seen_ = part;
       ptx::fence_proxy_async_global();  // acquired by an ordinary load, read by bulk loads
     }

@@ -116,13 +116,18 @@ __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t exp
   return true;
 }
 
-// For a word with a tag: gives up where the tag is not the own one.
-__device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
-  const uint64_t reached = Tag::word(c.epoch, 0);
-  const auto ready = [&] { return ptx::ld_relaxed_sys(word) >= reached; };
+// For a word with a tag, whatever the tag is.
+__device__ inline bool wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
   const auto seen = [&] { return Tag::epoch_of(ptx::ld_relaxed_sys(word)); };
-  if (!wait_until(c, step, peer, c.epoch, ready, seen)) return false;
-  const uint32_t tag = Tag::of(ptx::ld_acquire_sys(word));
+  if (!wait_until(c, step, peer, c.epoch, [&] { return seen() >= c.epoch; }, seen)) return false;
+  ptx::ld_acquire_sys(word);
+  return true;
+}
+
+// Gives up where the tag is not the own one.
+__device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
+  if (!wait_epoch(c, word, step, peer)) return false;
+  const uint32_t tag = Tag::of(ptx::ld_relaxed_sys(word));
   if (tag == c.tag) return true;
   if (const uint64_t by = abort_word(c)) {  // what an aborted operation has left behind is not a mismatch
     report_fault(c, by);

@@ -45,12 +45,19 @@ struct SlotControl {
   uint64_t releases;
 };
 
+// The rail peer on another node.
+struct Rail {
+  char* window;  // as mapped here, where rows are stored there; null where they are put
+  int pe;        // its number in the NVSHMEM job
+};
+
 struct Control {
   LaneControl lanes[kMaxLanes];
   SlotControl slots[kMaxSlots];
   unsigned long long wire_bytes;     // moved between GPUs of the node so far
   unsigned long long network_bytes;  // put to other nodes so far
   uint32_t fault_reported;           // a thread of this rank has taken it upon itself
+  Rail rails[kMaxNodes];             // by node; with one node unused
 };
 
 // Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.
@@ -118,10 +125,6 @@ struct Team {
   Mailbox* mailbox;
   char* refused_counts;             // behind the mailbox, by lane: the count vectors of all ranks
   char* windows[kMaxRanksPerNode];  // of the ranks of this node, the own one included
-  // By node, unused with one: the rail peer's number in the NVSHMEM job, and its window where rows are stored there
-  // rather than put, else null.
-  int32_t rail_pes[kMaxNodes];
-  char* rail_windows[kMaxNodes];
 };
 
 // Which halves of an operation a launch runs.
