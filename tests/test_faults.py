@@ -122,8 +122,8 @@ SPLIT = ("2x2", "4x1")
 @on_topologies({"cpu": SPLIT, "emulated": SPLIT, "cuda": [nodes for nodes in GPU_NODES if nodes in SPLIT]})
 def test_relay_that_stops(pools: Callable[[int], Pool], backend: str, topology: str) -> None:
     by_rank = pools(4).run(stop_halfway, backend, int(topology[-1]))
-    check_gave_up([errors[0] for errors in by_rank], "D.*")
-    assert any(re.search(r"D4 send \(other nodes\)|D5 relay", errors[0][1]) for errors in by_rank)
+    # For room, for a chunk, or for a relay that waits for one of these: whoever was there first.
+    check_gave_up([errors[0] for errors in by_rank], "D[456] .*")
     assert all(errors[0] == errors[1] for errors in by_rank)
 
 
