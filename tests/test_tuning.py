@@ -83,11 +83,16 @@ def test_dispatch_plan(layout: str, num_ranks: int, hidden: int, local_experts: 
 def test_combine_plan(layout: str, num_ranks: int, hidden: int, num_topk: int) -> None:
     shape = make_shape(layout, num_ranks, hidden, num_ranks * 32, num_topk)
     plan = native.plan_combine(shape, num_sms=12, shared_bytes=SHARED_BYTES)
-    assert plan["shared_bytes"] <= SHARED_BYTES and plan["num_rings"] >= 1
-    assert plan["num_rings"] <= 8 and 2 * plan["num_rings"] * plan["num_stages"] <= MAX_BARRIERS
-    assert plan["num_stages"] >= max(num_ranks, 1 if layout == "rank" else num_topk)  # a sum's terms, all at once
-    assert plan["num_chunks"] * plan["chunk_bytes"] >= 2 * hidden > (plan["num_chunks"] - 1) * plan["chunk_bytes"]
-    assert plan["chunk_bytes"] % 16 == 0
+    assert -(-4096 >> plan["part_shift"]) <= 64  # parts that there are words for
+    rings = plan["num_rings"] * plan["num_stages"]
+    assert rings * plan["stage_bytes"] < plan["shared_bytes"] <= SHARED_BYTES
+    if layout != "rank":
+        assert rings == 0
+        return
+    assert 1 <= plan["num_rings"] <= BLOCK_WARPS // 2 and 2 * rings <= MAX_BARRIERS
+    assert plan["num_stages"] >= num_ranks  # a sum's terms, all at once
+    assert 0 < plan["chunk_bytes"] <= min(3584, 2 * hidden, plan["stage_bytes"])  # 7 pieces for each lane
+    assert plan["chunk_bytes"] % 16 == 0 and plan["stage_bytes"] % 128 == 0
 
 
 def test_what_was_measured() -> None:

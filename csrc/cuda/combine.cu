@@ -1,12 +1,15 @@
 // The kernel of combine: who does which step, and what is waited for in between. docs/protocol.md has the steps.
 #include "cuda/course.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/kernels.cuh"
 #include "cuda/node_sums.cuh"
+#include "cuda/pushed_sums.cuh"
 #include "cuda/side.cuh"
-#include "cuda/sums.cuh"
 
 namespace deep_a2a::cuda {
 namespace {
+
+__device__ int row_bytes(const Context& c) { return static_cast<int>(c.shape.max_payload_bytes()); }
 
 // C0, C1: once `own_rows` has summed what it has to, rows are readable, and the side payload is.
 template <class OwnRows>
@@ -25,26 +28,62 @@ __device__ bool make_ready(const Context& c, const CombineTask& t, OwnRows&& own
 __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
   if (t.half != Half::kReceive && !make_ready(c, t, [] {})) return false;
   if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return false;
-  ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
-  if (!all_of_block(Sums(c, t).run())) return false;
+  if (c.shape.row_per_expert()) {
+    PushedSums sums(c, t);
+    if (!all_of_block(add_all(sums, row_bytes(c)))) return false;
+  } else if (t.half != Half::kSend) {
+    ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
+    gather_tokens(c, t);
+  }
   if (t.half != Half::kSend && t.args.with_side) c2_gather_side(c, t);
   return true;
 }
 
+// Steps across nodes are calls, as registers do not suffice for the loops of all of them in one function.
+#define DEEP_A2A_CALL static __device__ __attribute__((noinline))
+
+DEEP_A2A_CALL void sum_own_rows(const Context& c, const CombineTask& t) {
+  OwnRows rows(c, t);
+  add_all(rows, row_bytes(c));
+}
+
+DEEP_A2A_CALL bool relay_rows(const Context& c, const CombineTask& t, int round) {
+  RelayedRows rows(c, t, round);
+  const bool ok = add_all(rows, row_bytes(c));
+  rows.count_bytes();
+  return ok;
+}
+
+DEEP_A2A_CALL bool sum_tokens(const Context& c, const CombineTask& t, int round) {
+  Tokens tokens(c, t, round);
+  const bool ok = add_all(tokens, row_bytes(c));
+  if (ok) tokens.end_round();
+  return ok;
+}
+
+#undef DEEP_A2A_CALL
+
 // The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
-  NodeSums sums(c, t);
   const bool sends = t.half != Half::kReceive;
-  if (sends && !make_ready(c, t, [&] { sums.own_rows(); })) return false;
+  const auto own_rows = [&] {
+    if (c.shape.row_per_expert()) sum_own_rows(c, t);
+  };
+  if (sends && !make_ready(c, t, own_rows)) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
-  ptx::fence_proxy_async_global();  // as above
   const int rounds = c.shape.num_rounds();
-  for (int round = 0; sends && round < min(rounds, kStagedRounds); ++round) sums.relay_rows(round);
-  for (int round = 0; t.half != Half::kSend && round < rounds; ++round) {
-    sums.tokens(round);
-    if (round + kStagedRounds < rounds) sums.relay_rows(round + kStagedRounds);
+  bool ok = true;
+  for (int round = 0; ok && sends && round < min(rounds, kStagedRounds); ++round) ok = relay_rows(c, t, round);
+  for (int round = 0; ok && t.half != Half::kSend && round < rounds; ++round) {
+    ok = sum_tokens(c, t, round);
+    if (ok && round + kStagedRounds < rounds) ok = relay_rows(c, t, round + kStagedRounds);
   }
-  return all_of_block(!sums.aborted());
+  return all_of_block(ok);
+}
+
+// Whether a rank reads what lies in the windows of others. Own sums are pushed.
+__device__ bool reads_peers(const Context& c, const CombineTask& t) {
+  return num_streams(c) > 0 || !c.shape.row_per_expert() || t.args.with_side;
 }
 
 __device__ bool sum_rows(const Context& c, const CombineTask& t) {
@@ -62,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   begin(c, t.half);
   if (!sum_rows(c, t) || !last_block(c, c.control.grid.left)) return;
   if (t.half != Half::kSend) {
-    if (!return_rows(c, Step::kC5CreditReturned)) return;
+    if (reads_peers(c, t) && !return_rows(c, Step::kC5CreditReturned)) return;
     if (threadIdx.x == 0) count_wire_bytes(c, t.source, row_wire_bytes(c, t));
     give_lane_credit(c);
   }

@@ -1,177 +1,248 @@
 // The sums of combine across nodes, one step after another: own rows (C1b), what this rank has relayed (C3), and tokens
-// (C2, C4). docs/protocol.md has the steps.
+// (C2, C4), the last two by rounds. docs/protocol.md has the steps.
 #pragma once
 
+#include "cuda/local_sum.cuh"
 #include "cuda/side.cuh"
-#include "cuda/sum.cuh"
 #include "cuda/sync.cuh"
 
 namespace deep_a2a::cuda {
 
-// One warp's part in one sum; returns where the ring has come to. A call, as registers do not suffice for the loops of
-// all sums in one function.
-template <Weighting kWeighting>
-static __device__ __attribute__((noinline)) RingPosition sum_row(const SumRing& ring, RingPosition at, Term term,
-                                                                 char* out, int row_bytes) {
-  if (ring.loads) {
-    load_row(ring, at, term, row_bytes);
-  } else {
-    add_row<kWeighting>(ring, at, term, out, row_bytes);
-  }
-  return at;
-}
+__device__ inline int all_warps() { return num_warps() * static_cast<int>(gridDim.x); }
 
-// One warp of a ring at its work. Both warps of a ring go through the same sums.
-class NodeSums {
+// C1b: one warp's share of the rank rows, for the sources of all nodes.
+class OwnRows {
  public:
-  __device__ NodeSums(const Context& c, const CombineTask& t)
+  struct Fetched {
+    int row = 0;
+    int32_t expert_row = -1;  // by lane: of the top-k slot
+    float weight = 1.0f;
+  };
+
+  __device__ OwnRows(const Context& c, const CombineTask& t)
       : c_(c),
         t_(t),
-        ring_(c, t.plan),
-        row_bytes_(static_cast<int>(c.shape.max_payload_bytes())),
-        row_wire_bytes_(row_wire_bytes(c, t)),
+        routing_(ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing)),
+        num_rows_(ReceivedCounts::at(c.shape, t.kept.counts).num_received[1]),
+        row_(grid_warp_idx()) {}
+
+  __device__ bool fetch(Fetched& fetched) {
+    if (row_ >= num_rows_) return false;
+    fetched = {row_, -1, 1.0f};
+    if (lane_idx() < c_.shape.num_topk) {
+      const int64_t entry = int64_t{row_} * c_.shape.num_topk + lane_idx();
+      fetched.expert_row = routing_.expert_rows[entry];
+      if (t_.args.weighted) fetched.weight = routing_.topk_weights[entry];
+    }
+    row_ += all_warps();
+    return true;
+  }
+
+  __device__ bool prepare(const Fetched& fetched, Sum& sum) const {
+    const int64_t row_bytes = c_.shape.max_payload_bytes();
+    const char* row = static_cast<const char*>(t_.args.rows) + fetched.expert_row * row_bytes;
+    sum = weighted_sum_of(fetched.expert_row >= 0 ? row : nullptr, fetched.weight,
+                          c_.own(Region::kCombineRows, c_.lane) + fetched.row * row_bytes);
+    return true;
+  }
+
+  __device__ void finish(const Fetched&) const {}
+
+ private:
+  const Context& c_;
+  const CombineTask& t_;
+  const ReceivedRouting routing_;
+  const int num_rows_;
+  int row_;
+};
+
+// C3 of a round: one warp's share of the chunks. Who has written all rows of a chunk puts it.
+class RelayedRows {
+ public:
+  struct Fetched {
+    int chunk = 0;  // as chunk_at()
+    int row = 0;    // of the round
+    int end_row = 0;
+    // By lane: of the top-k slot; -1 where its expert is on another node.
+    int local = -1;
+    int32_t rank_row = -1;
+  };
+
+  __device__ RelayedRows(const Context& c, const CombineTask& t, int round)
+      : c_(c),
+        t_(t),
         stream_row_(StreamRow::combine(c.shape, t.args.with_side)),
+        round_(round),
         chunk_rows_(rows_per_chunk(c.shape)),
-        first_(ring_.idx * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)),
-        step_(t.plan.num_rings * static_cast<int>(gridDim.x)) {
+        taken_(grid_warp_idx() - all_warps()) {
     if (lane_idx() < c.num_locals()) peer_rows_ = c.region(lane_idx(), Region::kCombineRows, c.lane);
   }
 
-  // C1b, for the sources of all nodes.
-  __device__ void own_rows() {
-    if (!ring_.in_use() || !c_.shape.row_per_expert()) return;
-    const int num_rows = ReceivedCounts::at(c_.shape, t_.kept.counts).num_received[1];
-    const ReceivedRouting routing = ReceivedRouting::at(c_.shape, t_.kept.capacity, t_.kept.routing);
-    char* out = c_.own(Region::kCombineRows, c_.lane);
-    for (int row = first_; row < num_rows; row += step_) {
-      Term term;  // a lane for each top-k slot
-      if (lane_idx() < c_.shape.num_topk) {
-        const int64_t entry = int64_t{row} * c_.shape.num_topk + lane_idx();
-        const int64_t expert_row = routing.expert_rows[entry];
-        if (expert_row >= 0) {
-          term = {static_cast<const char*>(t_.args.rows) + expert_row * row_bytes_, routing.topk_weights[entry]};
-        }
-      }
-      if (t_.args.weighted) {
-        sum<Weighting::kByTerm>(term, out + int64_t{row} * row_bytes_);
-      } else {
-        sum<Weighting::kNone>(term, out + int64_t{row} * row_bytes_);
-      }
+  __device__ bool fetch(Fetched& fetched) {
+    bool ends_empty = false;
+    while (row_ >= end_row_ && !ends_empty) {
+      if (!take_chunk()) return false;
+      ends_empty = row_ >= end_row_ && row_ == 0 && c_.shape.num_rounds() > 1;  // of no row: for its credit
     }
+    fetched = {taken_, row_, end_row_, -1, -1};
+    if (ends_empty) return true;
+    if (lane_idx() < c_.shape.num_topk) {
+      const RouteEntry route = t_.relay.routes_of(c_.shape, stream_idx(taken_), round_, row_)[lane_idx()];
+      fetched.local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
+      fetched.rank_row = route.rank_row;
+    }
+    ++row_;
+    return true;
   }
 
-  // C3 of a round. A chunk is one ring's, so that the warp that has written all of its rows puts it.
-  __device__ void relay_rows(int round) {
-    if (!ring_.in_use()) return;
-    const int streams = num_streams(c_), rounds = c_.shape.num_rounds();
-    int64_t from_others = 0;  // rows
-    for (int i = first_; i < streams * chunks_per_round(c_.shape); i += step_) {
-      const int stream = i % streams;
-      const Chunk chunk = Chunk::of(c_, stream, round, i / streams, t_.relay.round_rows[stream * rounds + round]);
-      if (chunk.first_row >= chunk.end_row && (rounds == 1 || chunk.idx > 0)) continue;
-      if (!ring_.loads) wait_room(chunk);
-      if (chunk.first_row >= chunk.end_row)
-        continue;  // the source knows, and waits for no word that it needs no row of
-      RouteEntry next = fetch_route(chunk, chunk.first_row);
-      for (int row = chunk.first_row; row < chunk.end_row; ++row) {
-        const RouteEntry route = next;
-        next = fetch_route(chunk, min(row + 1, chunk.end_row - 1));  // on its way while the row is summed
-        from_others += relay_row(chunk, row, route);
-      }
-      if (!ring_.loads && !__any_sync(kFullWarp, aborted_)) put_chunk(c_, chunk, stream_row_.bytes);
+  __device__ bool prepare(const Fetched& fetched, Sum& sum) {
+    if (fetched.row % chunk_rows_ == 0 && !wait_room(stream_idx(fetched.chunk))) return false;
+    if (fetched.row >= fetched.end_row) return true;
+    const char* row = nullptr;  // a lane for each rank of the node
+    for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
+      const int there = __shfl_sync(kFullWarp, fetched.local, slot);
+      const int64_t rank_row = __shfl_sync(kFullWarp, fetched.rank_row, slot);
+      if (there == lane_idx()) row = peer_rows_ + rank_row * c_.shape.max_payload_bytes();
     }
-    if (ring_.loads || lane_idx() != 0 || from_others == 0) return;
-    atomicAdd(&c_.team.control->wire_bytes, static_cast<unsigned long long>(from_others * row_wire_bytes_));
+    from_others_ += __popc(__ballot_sync(kFullWarp, row != nullptr && lane_idx() != c_.local_rank()));
+    sum = sum_of(row, out_of(fetched));
+    return true;
   }
 
-  // C2, C4 of a round, with the side payload.
-  __device__ void tokens(int round) {
-    if (!ring_.in_use()) return;
-    const int round_tokens = c_.shape.tokens_per_round(), end = min((round + 1) * round_tokens, t_.num_tokens);
-    round_ = round;
-    // Tokens side by side are one ring's, since their partial rows lie in the same chunks.
-    const int together = max(1, min(chunk_rows_, round_tokens / (2 * step_)));
-    const auto following = [&](int token) {
-      return (token + 1) % together != 0 ? token + 1 : token + 1 + (step_ - 1) * together;
-    };
-    const int begin = round * round_tokens;
-    int32_t next = fetch_index(begin + first_ * together, lane_idx());
-    for (int i = first_ * together; begin + i < end; i = following(i)) {
-      const int token = begin + i;
-      const int32_t index = next;
-      next = fetch_index(begin + following(i), lane_idx());  // on its way while the token is summed
-      const TokenTerms terms = token_terms(token, index);
-      char* out = static_cast<char*>(t_.args.out) + int64_t{token} * row_bytes_;
-      if (ring_.loads && t_.args.with_side) gather_side(token);
-      if (!ring_.loads && terms.own.apart()) {
-        add_row(ring_, at_, terms.count, out, row_bytes_,
-                [&](char* to, int bytes) { add_node_chunks(ring_, at_, terms.count, terms.own, to, bytes); });
-      } else {
-        sum<Weighting::kNone>(terms.term, out);
-      }
+  __device__ void finish(const Fetched& fetched) const {
+    if (t_.args.with_side && fetched.row < fetched.end_row && lane_idx() < c_.shape.num_topk) {
+      auto* side = reinterpret_cast<float*>(out_of(fetched) + stream_row_.side_offset);
+      side[lane_idx()] = fetched.local >= 0 ? side_of_row(c_, fetched.local, fetched.rank_row, lane_idx()) : 0.0f;
     }
-    end_round(round);
+    if (fetched.row == fetched.end_row - 1) put_chunk(c_, chunk_at(fetched.chunk), stream_row_.bytes);
   }
 
-  __device__ bool aborted() const { return aborted_; }
+  // Once at the end: rows that came from other ranks of the node.
+  __device__ void count_bytes() const {
+    if (lane_idx() != 0 || from_others_ == 0) return;
+    atomicAdd(&c_.team.control->wire_bytes, static_cast<unsigned long long>(from_others_ * row_wire_bytes(c_, t_)));
+  }
 
  private:
-  // By lane, in the order of nodes.
-  struct TokenTerms {
-    Term term;
-    int count = 0;
-    OwnTerms own;
-  };
-
-  template <Weighting kWeighting>
-  __device__ void sum(const Term& term, char* out) {
-    at_ = sum_row<kWeighting>(ring_, at_, term, out, row_bytes_);
+  // Chunks of the streams by turns.
+  __device__ int stream_idx(int chunk) const { return chunk % num_streams(c_); }
+  __device__ Chunk chunk_at(int chunk) const {
+    const int stream = stream_idx(chunk);
+    const int round_rows = t_.relay.round_rows[stream * c_.shape.num_rounds() + round_];
+    return Chunk::of(c_, stream, round_, chunk / num_streams(c_), round_rows);
+  }
+  __device__ bool take_chunk() {
+    taken_ += all_warps();
+    if (taken_ >= num_streams(c_) * chunks_per_round(c_.shape)) return false;
+    const Chunk chunk = chunk_at(taken_);
+    row_ = chunk.first_row;
+    end_row_ = chunk.end_row;
+    return true;
   }
 
-  // Before the first row of a chunk goes to net_out. As in Sums, the warps of a ring go on after a wait that failed.
-  __device__ void wait_room(const Chunk& chunk) {
+  __device__ char* out_of(const Fetched& fetched) const {
+    return row_out(c_, stream_of(c_, stream_idx(fetched.chunk)), round_, fetched.row, stream_row_.bytes);
+  }
+
+  // Before the first row of a chunk is written.
+  __device__ bool wait_room(int stream) const {
     bool ok = true;
-    if (lane_idx() == 0 && chunk.round >= kStagedRounds) {
-      ok = wait_chunk_credit(c_, chunk.stream, chunk.round - kStagedRounds, 0, Step::kC3Relay);
+    if (lane_idx() == 0 && round_ >= kStagedRounds) {
+      ok = wait_chunk_credit(c_, stream, round_ - kStagedRounds, 0, Step::kC3Relay);
     }
-    if (!__all_sync(kFullWarp, ok)) aborted_ = true;
     __syncwarp();
+    return __all_sync(kFullWarp, ok) != 0;
+  }
+
+  const Context& c_;
+  const CombineTask& t_;
+  const StreamRow stream_row_;
+  const int round_;
+  const int chunk_rows_;
+  const char* peer_rows_ = nullptr;  // of the lane's rank
+  int taken_;                        // the chunk that is being fetched
+  int row_ = 0;                      // its next
+  int end_row_ = 0;
+  int64_t from_others_ = 0;
+};
+
+// C2, C4 of a round, with the side payload: one warp's share of the tokens.
+class Tokens {
+ public:
+  struct Fetched {
+    int token = 0;
+    int32_t index = -1;  // by lane: of the first candidates
+  };
+
+  __device__ Tokens(const Context& c, const CombineTask& t, int round)
+      : c_(c),
+        t_(t),
+        row_bytes_(c.shape.max_payload_bytes()),
+        stream_row_(StreamRow::combine(c.shape, t.args.with_side)),
+        chunk_rows_(rows_per_chunk(c.shape)),
+        round_(round),
+        begin_(round * c.shape.tokens_per_round()),
+        end_(min(begin_ + c.shape.tokens_per_round(), t.num_tokens)),
+        together_(max(1, min(chunk_rows_, c.shape.tokens_per_round() / (2 * all_warps())))),
+        next_(grid_warp_idx() * together_) {}
+
+  __device__ bool fetch(Fetched& fetched) {
+    const int token = begin_ + next_;
+    if (token >= end_) return false;
+    fetched = {token, fetch_index(token, lane_idx())};
+    // Tokens side by side are one warp's, since their partial rows lie in the same chunks.
+    if (++next_ % together_ == 0) next_ += (all_warps() - 1) * together_;
+    return true;
+  }
+
+  // The candidates are: a row for each node before the own one, for each rank of the own node, for each node behind it.
+  // The lanes look at as many at a time; those that the token has go to the first lanes.
+  __device__ bool prepare(const Fetched& fetched, Sum& sum) {
+    sum.out = static_cast<char*>(t_.args.out) + fetched.token * row_bytes_;
+    bool ok = true;
+    const int candidates = num_streams(c_) + c_.num_locals();
+    for (int first = 0; first < candidates; first += kWarpThreads) {
+      const int candidate = first + lane_idx();
+      const int32_t index = first > 0 ? fetch_index(fetched.token, candidate) : fetched.index;
+      const bool own = is_own(candidate);
+      const char* row = nullptr;
+      if (own && index >= 0) {
+        const int local = candidate - c_.own_node();
+        row =
+            c_.region(local, Region::kCombineRows, c_.lane) + int64_t{t_.source.rank_bases[local] + index} * row_bytes_;
+      } else if (index >= 0) {
+        const int stream = stream_of_candidate(candidate), there = row_of_round(index, stream);
+        row = row_in(c_, stream, round_, there, stream_row_.bytes);
+        ok = ok && wait_partial(stream, there / chunk_rows_, first == 0);
+      }
+      const uint32_t present = __ballot_sync(kFullWarp, row != nullptr);
+      const uint32_t before = __ballot_sync(kFullWarp, row != nullptr && candidate < c_.own_node());
+      sum.apart_begin += __popc(before);
+      sum.apart_end += __popc(before) + __popc(__ballot_sync(kFullWarp, row != nullptr && own));
+      for (uint32_t left = present; left != 0; left &= left - 1, ++sum.count) {
+        const char* moved = shuffled(row, __ffs(static_cast<int>(left)) - 1);
+        if (lane_idx() == sum.count) sum.row = moved;
+      }
+    }
+    __syncwarp();
+    return __all_sync(kFullWarp, ok) != 0;
+  }
+
+  __device__ void finish(const Fetched& fetched) const {
+    if (t_.args.with_side) gather_side(fetched.token);
   }
 
   // The last warp to have summed its tokens of a round tells all relays that the round's rows have been read.
-  __device__ void end_round(int round) const {
-    if (round + kStagedRounds >= c_.shape.num_rounds()) return;
-    if (!last_warp(c_.shared.rounds[round], 2 * t_.plan.num_rings, c_.control.grid.rounds[round])) return;
+  __device__ void end_round() const {
+    if (round_ + kStagedRounds >= c_.shape.num_rounds()) return;
+    if (!last_warp(c_.shared.rounds[round_], num_warps(), c_.control.grid.rounds[round_])) return;
     for (int stream = lane_idx(); stream < num_streams(c_); stream += kWarpThreads) {
-      give_chunk_credit(c_, stream, round, 0);
+      give_chunk_credit(c_, stream, round_, 0);
     }
     __syncwarp();
   }
 
-  // Of the lane's top-k slot.
-  __device__ RouteEntry fetch_route(const Chunk& chunk, int row) const {
-    if (lane_idx() >= c_.shape.num_topk) return {-1, 0.0f, -1, -1};
-    return t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[lane_idx()];
-  }
-
-  // Returns how many of the row's terms other ranks have.
-  __device__ int relay_row(const Chunk& chunk, int row, const RouteEntry& route) {
-    const int local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
-    Term term;  // a lane for each rank of the node
-    for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
-      const int there = __shfl_sync(kFullWarp, local, slot);
-      const int64_t rank_row = __shfl_sync(kFullWarp, route.rank_row, slot);
-      if (there == lane_idx()) term.row = peer_rows_ + rank_row * row_bytes_;
-    }
-    char* out = row_out(c_, stream_of(c_, chunk.stream), chunk.round, row, stream_row_.bytes);
-    sum<Weighting::kNone>(term, out);
-    if (!ring_.loads && t_.args.with_side && lane_idx() < c_.shape.num_topk) {
-      auto* side = reinterpret_cast<float*>(out + stream_row_.side_offset);
-      side[lane_idx()] = local >= 0 ? side_of_row(c_, local, route.rank_row, lane_idx()) : 0.0f;
-    }
-    return __popc(__ballot_sync(kFullWarp, term.row != nullptr && lane_idx() != c_.local_rank()));
-  }
-
+ private:
   // The row of its round that a token has in a stream, -1 for none.
   __device__ int row_of_round(int row, int stream) const {
     if (row < 0 || round_ == 0) return row;
@@ -195,55 +266,17 @@ class NodeSums {
     return t_.source.stream_rows[int64_t{token} * num_streams(c_) + stream_of_candidate(candidate)];
   }
 
-  // The candidates are: a row for each node before the own one, for each rank of the own node, for each node behind it.
-  // The lanes look at as many at a time; those that the token has go to the first lanes. The warp that loads waits for
-  // the chunks they lie in.
-  // `index` is the lane's of the first candidates.
-  __device__ TokenTerms token_terms(int token, int32_t index) {
-    TokenTerms terms;
-    bool waited = false;
-    const int candidates = num_streams(c_) + c_.num_locals();
-    for (int first = 0; first < candidates; first += kWarpThreads) {
-      const int candidate = first + lane_idx();
-      const bool own = is_own(candidate);
-      if (first > 0) index = fetch_index(token, candidate);
-      const char* row = nullptr;
-      if (own && index >= 0) {
-        const int local = candidate - c_.own_node();
-        row =
-            c_.region(local, Region::kCombineRows, c_.lane) + int64_t{t_.source.rank_bases[local] + index} * row_bytes_;
-      } else if (index >= 0) {
-        const int stream = stream_of_candidate(candidate), there = row_of_round(index, stream);
-        row = row_in(c_, stream, round_, there, stream_row_.bytes);
-        if (ring_.loads) waited |= wait_partial(stream, there / chunk_rows_, first == 0);
-      }
-      const uint32_t present = __ballot_sync(kFullWarp, row != nullptr);
-      const uint32_t before = __ballot_sync(kFullWarp, row != nullptr && candidate < c_.own_node());
-      terms.own.begin += __popc(before);
-      terms.own.end += __popc(before) + __popc(__ballot_sync(kFullWarp, row != nullptr && own));
-      for (uint32_t left = present; left != 0; left &= left - 1, ++terms.count) {
-        const auto moved = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(row), __ffs(static_cast<int>(left)) - 1);
-        if (lane_idx() == terms.count) terms.term.row = reinterpret_cast<const char*>(moved);
-      }
-    }
-    __syncwarp();
-    if (__any_sync(kFullWarp, waited)) ptx::fence_proxy_async_global();  // acquired by an ordinary load, as peers' rows
-    return terms;
-  }
-
   // C4. One lane. A lane has the same stream for all tokens where a warp has one for each candidate: `remembers` then.
-  // True where it has looked at a word. As in Sums, loads go on after a wait that failed.
+  // False where the kernel has to be left.
   __device__ bool wait_partial(int stream, int chunk, bool remembers) {
-    const int of_all = round_ * chunks_per_round(c_.shape) + chunk;
-    if (aborted_ || (remembers && of_all <= seen_)) return false;
+    if (remembers && chunk <= seen_) return true;
+    if (remembers) seen_ = chunk;
     int round_rows = 0;
-    aborted_ = !wait_chunk(c_, stream, round_, chunk, Step::kC4AddNodes, round_rows);
-    if (remembers) seen_ = of_all;
-    return true;
+    return wait_chunk(c_, stream, round_, chunk, Step::kC4AddNodes, round_rows);
   }
 
   // Each slot's value from the rank that has its expert, by way of the relay for other nodes; +0 without one. After
-  // token_terms() by the same warp.
+  // prepare() by the same warp.
   __device__ void gather_side(int token) const {
     if (lane_idx() >= c_.shape.num_topk) return;
     const int64_t entry = int64_t{token} * c_.shape.num_topk + lane_idx();
@@ -266,18 +299,15 @@ class NodeSums {
 
   const Context& c_;
   const CombineTask& t_;
-  const SumRing ring_;
-  const int row_bytes_;
-  const int64_t row_wire_bytes_;
+  const int64_t row_bytes_;
   const StreamRow stream_row_;
   const int chunk_rows_;
-  const int first_;  // of the ring's share
-  const int step_;
-  const char* peer_rows_ = nullptr;  // of the lane's rank
-  int round_ = 0;                    // that tokens() is at
-  int seen_ = -1;                    // the last chunk of the lane's stream that has arrived
-  bool aborted_ = false;
-  RingPosition at_;
+  const int round_;
+  const int begin_;
+  const int end_;
+  const int together_;
+  int next_;       // among the round's
+  int seen_ = -1;  // the last chunk of the lane's stream that has arrived
 };
 
 }  // namespace deep_a2a::cuda

@@ -8,27 +8,47 @@
 
 namespace deep_a2a::cuda {
 
-// A row by a warp: 16 bytes a lane, many at a time. Loaded once, and stored for each lane in `targets` to that lane's
-// `to`. `meanwhile` starts other loads before the first are waited for.
-template <class Meanwhile>
-__device__ void move_row(const char* from, int64_t bytes, uint32_t targets, char* to, Meanwhile&& meanwhile) {
-  constexpr int kTogether = 7;  // a row of 7168 channels in FP8 takes two turns; more at a time spills
-  const int count = static_cast<int>(bytes / 16);
-  const auto* source = reinterpret_cast<const uint4*>(from);
-  for (int first = lane_idx(); first - lane_idx() < count; first += kTogether * kWarpThreads) {
-    uint4 values[kTogether];
+// kPieces pieces of 16 bytes of a lane, one warp's width apart. All loads are issued, then those of `meanwhile`, before
+// one is waited for.
+template <int kPieces, class Meanwhile>
+__device__ inline void move_pieces(const char* from, int offset, uint32_t targets, char* to, Meanwhile&& meanwhile) {
+  constexpr int kStride = kWarpThreads * 16;
+  uint4 pieces[kPieces];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i * kWarpThreads < count) values[i] = source[first + i * kWarpThreads];
-    }
-    if (first == lane_idx()) meanwhile();
+  for (int i = 0; i < kPieces; ++i) pieces[i] = ptx::ld_once(from + offset + i * kStride);
+  meanwhile();
+  for (uint32_t left = targets; left != 0; left &= left - 1) {
+    const int target = __ffs(static_cast<int>(left)) - 1;
+    char* there = reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target)) + offset;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) *reinterpret_cast<uint4*>(there + i * kStride) = pieces[i];
+  }
+}
+
+// A row by a warp, loaded once, and stored for each lane in `targets` to that lane's `to`. `meanwhile` starts other
+// loads before the first are waited for.
+template <class Meanwhile>
+__device__ inline void move_row(const char* from, int bytes, uint32_t targets, char* to, Meanwhile&& meanwhile) {
+  constexpr int kTogether = 14, kStride = kWarpThreads * 16;  // a row of 7168 channels in FP8 at once
+  int first = 0;
+  if (kTogether * kStride <= bytes) {
+    move_pieces<kTogether>(from, lane_idx() * 16, targets, to, meanwhile);
+    first = kTogether * kStride;
+  } else {
+    meanwhile();
+  }
+#pragma unroll 1
+  for (; first + kTogether * kStride <= bytes; first += kTogether * kStride) {
+    move_pieces<kTogether>(from, first + lane_idx() * 16, targets, to, [] {});
+  }
+#pragma unroll 1
+  for (; first < bytes; first += kStride) {
+    const int offset = first + lane_idx() * 16;
+    const uint4 piece = offset < bytes ? ptx::ld_once(from + offset) : make_uint4(0, 0, 0, 0);
     for (uint32_t left = targets; left != 0; left &= left - 1) {
       const int target = __ffs(static_cast<int>(left)) - 1;
-      auto* there = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target));
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (first + i * kWarpThreads < count) there[first + i * kWarpThreads] = values[i];
-      }
+      char* there = reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target));
+      if (offset < bytes) *reinterpret_cast<uint4*>(there + offset) = piece;
     }
   }
 }

@@ -48,7 +48,7 @@ class Relay {
   }
 
   // False where the kernel has to be left.
-  __device__ bool chunk(const Chunk& chunk) const {
+  __device__ bool chunk(const Chunk& chunk) {
     bool ok = true;
     int round_rows = 0;
     if (lane_idx() == 0) ok = wait_chunk(c_, chunk.stream, chunk.round, chunk.idx, Step::kD5Relay, round_rows);
@@ -64,6 +64,12 @@ class Relay {
     return true;
   }
 
+  // Once at the end: what went to other ranks of the node.
+  __device__ void count_bytes() const {
+    if (lane_idx() != 0 || to_others_ == 0) return;
+    atomicAdd(&c_.team.control->wire_bytes, static_cast<unsigned long long>(to_others_));
+  }
+
  private:
   __device__ static char* of_lane(char* pointer, int lane) {
     return reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(pointer), lane));
@@ -71,7 +77,7 @@ class Relay {
 
   // `meanwhile` as for move_row().
   template <class Meanwhile>
-  __device__ void row(const Chunk& chunk, int row, const RouteEntry& fetched, Meanwhile&& meanwhile) const {
+  __device__ void row(const Chunk& chunk, int row, const RouteEntry& fetched, Meanwhile&& meanwhile) {
     const char* from = row_in(c_, chunk.stream, chunk.round, row, layout_.bytes);
     const RouteEntry route = final_route(chunk, row, fetched);
     // A lane for each rank of the node: the rank row there.
@@ -115,7 +121,7 @@ class Relay {
 
   // To the lane's row of `x` at a rank of the node; lanes with rank -1 have none.
   template <class Meanwhile>
-  __device__ void store_row(const char* from, int local, int64_t row, Meanwhile&& meanwhile) const {
+  __device__ void store_row(const char* from, int local, int64_t row, Meanwhile&& meanwhile) {
     const uint32_t targets = __ballot_sync(kFullWarp, local >= 0);
     char* rows = of_lane(rows_, max(local, 0)) + row * format_.payload_bytes;
     char* scales = of_lane(scales_, max(local, 0)) + row * format_.scale_pitch();
@@ -134,11 +140,11 @@ class Relay {
     if (span > early_bytes) {
       move_row(from + layout_.side_offset + early_bytes, span - early_bytes, targets, scales + early_bytes, [] {});
     }
-    count_bytes(__popc(__ballot_sync(kFullWarp, local >= 0 && local != c_.local_rank())),
-                format_.payload_bytes + format_.scale_span());
+    const int others = __popc(__ballot_sync(kFullWarp, local >= 0 && local != c_.local_rank()));
+    to_others_ += int64_t{others} * (format_.payload_bytes + format_.scale_span());
   }
 
-  __device__ void store_records(const RouteEntry& route, int32_t rank_row, uint32_t ranks) const {
+  __device__ void store_records(const RouteEntry& route, int32_t rank_row, uint32_t ranks) {
     for (uint32_t left = ranks; left != 0; left &= left - 1) {
       const int local = __ffs(static_cast<int>(left)) - 1;
       const int64_t there = __shfl_sync(kFullWarp, rank_row, local);
@@ -150,12 +156,7 @@ class Relay {
       record.weights[lane_idx()] = route.weight;
       if (record.expert_rows != nullptr) record.expert_rows[lane_idx()] = route.expert < 0 ? -1 : route.expert_row;
     }
-    count_bytes(__popc(ranks & ~(1u << c_.local_rank())), c_.sizes.record_bytes);
-  }
-
-  __device__ void count_bytes(int others, int64_t bytes) const {
-    if (lane_idx() != 0 || others == 0) return;
-    atomicAdd(&c_.team.control->wire_bytes, static_cast<unsigned long long>(others * bytes));
+    to_others_ += __popc(ranks & ~(1u << c_.local_rank())) * c_.sizes.record_bytes;
   }
 
   const Context& c_;
@@ -168,6 +169,7 @@ class Relay {
   char* rows_ = nullptr;
   char* scales_ = nullptr;
   char* records_ = nullptr;
+  int64_t to_others_ = 0;  // bytes
 };
 
 // The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
@@ -182,7 +184,7 @@ __device__ inline void d3_relay_bases(const Context& c, const BasesArena& arena)
 // D5 of each round, and between them D4 of the rounds for which it makes room. Warps come when they have nothing else
 // to do. False where the kernel has to be left.
 static __device__ __attribute__((noinline)) bool d5_relay(const Context& c, const DispatchTask& t) {
-  const Relay relay(c, t, BasesArena(c, t.plan));
+  Relay relay(c, t, BasesArena(c, t.plan));
   const ChunkTasks tasks(c);
   const int turns = tasks.turns(), rounds = c.shape.num_rounds();
   // While rounds are left to be sent, every round has as many turns for D4 as for D5.
@@ -201,6 +203,7 @@ static __device__ __attribute__((noinline)) bool d5_relay(const Context& c, cons
     }
     if (!ok) return false;
   }
+  relay.count_bytes();
   return true;
 }
 

@@ -14,10 +14,9 @@ constexpr int kMostMoveWarps = 10;     // measured: more take shared memory from
 constexpr int kCastChunkBytes = 8192;  // of BF16: a cast wants more warps than a copy
 constexpr int kCastStagesWanted = 2;
 constexpr int kStagesWanted = 3;  // one loads, one is full, one is being stored
-constexpr int kSumChunkBytes = 3584;
 constexpr int kMostSumRings = kBlockWarps / 2;
 constexpr int kFewestSumStages = 8;
-constexpr int kRowsOfPart = 4;  // of a ring
+constexpr int kRowsOfPart = 4;  // of a warp
 // A cast makes its scales in whole 16 bytes for every chunk: 16 groups of UE8M0, one byte each.
 constexpr int kCastChunkChannels = 16 * kScaleGroupChannels;
 constexpr int kFewTokens = 512;  // for a block to count all by itself: two rounds of its warps
@@ -89,22 +88,20 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
 
 CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits) {
   CombinePlan plan;
-  const int64_t arena = limits.shared_bytes - kArenaBegin;
-  // A token has no more terms than experts: a row for each rank of the node, and one for each other node.
-  const int of_token = std::min(s.topology.ranks_per_node + s.topology.num_peer_nodes(), s.num_topk);
-  const int terms = std::max({s.topology.ranks_per_node, of_token, s.row_per_expert() ? s.num_topk : 1});
-  plan.num_stages = std::max(terms, kFewestSumStages);
-  plan.num_rings = std::min(kMostSumRings, kMaxBarriers / 2 / plan.num_stages);
-  const int64_t stage = std::min<int64_t>(kSumChunkBytes, arena / (int64_t{plan.num_rings} * plan.num_stages));
-  plan.chunk_bytes =
-      static_cast<int>(std::min<int64_t>(stage / kStageAlignment * kStageAlignment, s.max_payload_bytes()));
-  plan.num_chunks = static_cast<int>(ceil_div<int64_t>(s.max_payload_bytes(), plan.chunk_bytes));
-  // A part should give every ring some rows, whose lengths even out.
-  const int enough = std::max(kRowsOfPart * ceil_div(plan.num_rings * num_sms, s.topology.ranks_per_node),
+  plan.shared_bytes = kArenaBegin;
+  if (s.topology.num_nodes() == 1 && !s.row_per_expert()) {
+    plan.num_stages = std::max(s.topology.ranks_per_node, kFewestSumStages);
+    plan.num_rings = std::min(kMostSumRings, kMaxBarriers / 2 / plan.num_stages);
+    const int64_t stage = (limits.shared_bytes - kArenaBegin) / (plan.num_rings * plan.num_stages) / kStageAlignment;
+    plan.chunk_bytes =
+        static_cast<int>(std::min({int64_t{kSumChunkBytes}, stage * kStageAlignment, s.max_payload_bytes()}));
+    plan.stage_bytes = aligned(plan.chunk_bytes);
+    plan.shared_bytes += plan.num_rings * plan.num_stages * plan.stage_bytes;
+  }
+  // A part should give every warp some rows, whose lengths even out.
+  const int enough = std::max(kRowsOfPart * ceil_div(kBlockWarps * num_sms, s.topology.ranks_per_node),
                               ceil_div(s.max_tokens, kMaxReadyParts));
   while (1 << plan.part_shift < enough) ++plan.part_shift;
-  plan.shared_bytes =
-      static_cast<int>(kArenaBegin + int64_t{plan.num_rings} * plan.num_stages * aligned(plan.chunk_bytes));
   return plan;
 }
 

@@ -38,13 +38,15 @@ struct DispatchPlan {
 };
 
 struct CombinePlan {
-  int num_rings = 0;    // of a warp that loads and a warp that adds
-  int num_stages = 0;   // of a ring: at least as many as a sum has terms
+  int num_rings = 0;   // of a warp that loads and a warp that adds; none where all terms lie near
+  int num_stages = 0;  // of a ring: at least as many as a sum has terms
+  int stage_bytes = 0;
   int chunk_bytes = 0;  // of a row, in one stage
-  int num_chunks = 0;   // of a row
   int part_shift = 0;   // own rows become readable, and tokens follow them, in parts of 2^part_shift of each source
   int shared_bytes = 0;
 };
+
+constexpr int kSumChunkBytes = 3584;  // 7 pieces of 16 bytes for each lane: the sums of as many fit its registers
 
 // Both throw std::invalid_argument where a block cannot hold what the shape needs.
 DispatchPlan plan_dispatch(const Shape& shape, const DispatchArgs& args, const DeviceLimits& limits);

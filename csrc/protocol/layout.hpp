@@ -86,7 +86,10 @@ void visit_regions(const Shape& s, Visit&& visit) {
         "scales of rows that peers pull (cuda)");
   visit(Region::kCastRows, "cast_rows", Scope::kPerLane, s.row_per_expert() ? int64_t{s.max_tokens} * s.hidden : 0,
         "FP8 rows made from the input, for peers to pull (cuda)");
-  visit(Region::kCombineRows, "combine_rows", Scope::kPerLane, rank_rows * s.max_payload_bytes(), "combine input");
+  // With one node: the sums of every rank for each of this rank's tokens (cuda).
+  const int64_t summed_rows = s.row_per_expert() && nodes == 1 ? locals * int64_t{s.max_tokens} : 0;
+  visit(Region::kCombineRows, "combine_rows", Scope::kPerLane, std::max(rank_rows, summed_rows) * s.max_payload_bytes(),
+        "combine input");
   visit(Region::kCombineSide, "combine_side", Scope::kPerLane, rank_rows * topk_bytes, "combine side payload");
   visit(Region::kRecvRows, "recv_rows", Scope::kPerSlot, rows * s.max_payload_bytes(), "received rows");
   visit(Region::kRecvScales, "recv_scales", Scope::kPerSlot, rows * s.max_scale_bytes(), "their scales");

@@ -53,6 +53,7 @@ inline uint32_t atom_exch_acq_rel_gpu(uint32_t* word, uint32_t value) {
   emulator::maybe_preempt();
   return __atomic_exchange_n(word, value, __ATOMIC_ACQ_REL);
 }
+inline uint4 ld_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 inline void fence_proxy_async() {}
