@@ -85,14 +85,14 @@ def test_combine_plan(layout: str, num_ranks: int, hidden: int, num_topk: int) -
     plan = native.plan_combine(shape, num_sms=12, shared_bytes=SHARED_BYTES)
     assert -(-4096 >> plan["part_shift"]) <= 64  # parts that there are words for
     rings = plan["num_rings"] * plan["num_stages"]
-    assert rings * plan["stage_bytes"] < plan["shared_bytes"] <= SHARED_BYTES
+    assert rings * 3584 < plan["shared_bytes"] <= SHARED_BYTES  # whole stages are read, however short a row is
     if layout != "rank":
         assert rings == 0
         return
     assert 1 <= plan["num_rings"] <= BLOCK_WARPS // 2 and 2 * rings <= MAX_BARRIERS
     assert plan["num_stages"] >= num_ranks  # a sum's terms, all at once
-    assert 0 < plan["chunk_bytes"] <= min(3584, 2 * hidden, plan["stage_bytes"])  # 7 pieces for each lane
-    assert plan["chunk_bytes"] % 16 == 0 and plan["stage_bytes"] % 128 == 0
+    assert 0 < plan["chunk_bytes"] <= min(3584, 2 * hidden)  # 7 pieces for each lane
+    assert plan["chunk_bytes"] % 16 == 0
 
 
 def test_what_was_measured() -> None:

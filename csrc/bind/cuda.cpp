@@ -113,8 +113,8 @@ void bind_plans(py::module_& m) {
       [](const da::Shape& shape, int num_sms, int shared_bytes) {
         const cuda::CombinePlan plan = cuda::plan_combine(shape, num_sms, {num_sms, shared_bytes});
         return py::dict(py::arg("num_rings") = plan.num_rings, py::arg("num_stages") = plan.num_stages,
-                        py::arg("stage_bytes") = plan.stage_bytes, py::arg("chunk_bytes") = plan.chunk_bytes,
-                        py::arg("part_shift") = plan.part_shift, py::arg("shared_bytes") = plan.shared_bytes);
+                        py::arg("chunk_bytes") = plan.chunk_bytes, py::arg("part_shift") = plan.part_shift,
+                        py::arg("shared_bytes") = plan.shared_bytes);
       },
       py::arg("shape"), py::kw_only(), py::arg("num_sms"), py::arg("shared_bytes"));
 }

@@ -15,6 +15,7 @@ enum class Course : int {
 // All threads. Peers that have to say who is late see that this rank has come.
 __device__ inline void begin(const Context& c, Half half) {
   init_barriers(c.shared.barriers, kMaxBarriers);
+  if (lane_idx() == 0) c.shared.rings[warp_idx()] = {};
   for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
   for (int i = threadIdx.x; num_streams(c) > 0 && i < c.shape.num_rounds(); i += blockDim.x) c.shared.rounds[i] = 0;
   if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = 0;

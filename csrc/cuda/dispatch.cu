@@ -112,8 +112,8 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
     ptx::fence_proxy_async_global();  // what the slot held was read by ordinary loads, now it is overwritten by bulk
                                       // stores
     Pusher(c, t).run();
-    if (num_streams(c) > 0) {  // warps that push nothing have begun to relay
-      if (warp_idx() < t.plan.move_warps && last_warp(c.shared.pushed, t.plan.move_warps, c.control.grid.sent)) {
+    if (num_streams(c) > 0) {  // warps that push nothing begin to relay
+      if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
         if (lane_idx() < c.num_locals()) tell_sent(c, lane_idx());
       }
       return Course::kGoOn;

@@ -8,51 +8,6 @@
 
 namespace deep_a2a::cuda {
 
-// kPieces pieces of 16 bytes of a lane, one warp's width apart. All loads are issued, then those of `meanwhile`, before
-// one is waited for.
-template <int kPieces, class Meanwhile>
-__device__ inline void move_pieces(const char* from, int offset, uint32_t targets, char* to, Meanwhile&& meanwhile) {
-  constexpr int kStride = kWarpThreads * 16;
-  uint4 pieces[kPieces];
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) pieces[i] = ptx::ld_once(from + offset + i * kStride);
-  meanwhile();
-  for (uint32_t left = targets; left != 0; left &= left - 1) {
-    const int target = __ffs(static_cast<int>(left)) - 1;
-    char* there = reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target)) + offset;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) *reinterpret_cast<uint4*>(there + i * kStride) = pieces[i];
-  }
-}
-
-// A row by a warp, loaded once, and stored for each lane in `targets` to that lane's `to`. `meanwhile` starts other
-// loads before the first are waited for.
-template <class Meanwhile>
-__device__ inline void move_row(const char* from, int bytes, uint32_t targets, char* to, Meanwhile&& meanwhile) {
-  constexpr int kTogether = 14, kStride = kWarpThreads * 16;  // a row of 7168 channels in FP8 at once
-  int first = 0;
-  if (kTogether * kStride <= bytes) {
-    move_pieces<kTogether>(from, lane_idx() * 16, targets, to, meanwhile);
-    first = kTogether * kStride;
-  } else {
-    meanwhile();
-  }
-#pragma unroll 1
-  for (; first + kTogether * kStride <= bytes; first += kTogether * kStride) {
-    move_pieces<kTogether>(from, first + lane_idx() * 16, targets, to, [] {});
-  }
-#pragma unroll 1
-  for (; first < bytes; first += kStride) {
-    const int offset = first + lane_idx() * 16;
-    const uint4 piece = offset < bytes ? ptx::ld_once(from + offset) : make_uint4(0, 0, 0, 0);
-    for (uint32_t left = targets; left != 0; left &= left - 1) {
-      const int target = __ffs(static_cast<int>(left)) - 1;
-      char* there = reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(to), target));
-      if (offset < bytes) *reinterpret_cast<uint4*>(there + offset) = piece;
-    }
-  }
-}
-
 __device__ inline StreamRow stream_row_of(const Context& c, const DispatchTask& t) {
   return StreamRow::dispatch(c.shape, t.args.format, t.cached);
 }
@@ -113,116 +68,147 @@ __device__ inline int rows_before_round(const Context& c, const DispatchTask& t,
   return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
 }
 
-// A row's scales, as they lie at the caller: some words a lane where they fit registers.
-struct ScaleWords {
-  static constexpr int kWords = 2;  // 8192 channels
-  uint32_t words[kWords];
-
-  __device__ static bool fit(const DispatchTask& t) {
-    const auto all = reinterpret_cast<uintptr_t>(t.args.scales) | static_cast<uintptr_t>(t.args.scales_pitch) |
-                     static_cast<uintptr_t>(t.args.format.scale_bytes);
-    return all % 4 == 0 && t.args.format.scale_bytes <= kWords * kWarpThreads * 4;
-  }
-  __device__ void load(const char* from, int bytes) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int at = (i * kWarpThreads + lane_idx()) * 4;
-      if (at < bytes) words[i] = *reinterpret_cast<const uint32_t*>(from + at);
-    }
-  }
-  __device__ void store(char* to, int bytes) const {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int at = (i * kWarpThreads + lane_idx()) * 4;
-      if (at < bytes) *reinterpret_cast<uint32_t*>(to + at) = words[i];
-    }
-  }
-};
-
-// Makes rows of one stream: payload, scales, and the route entries with their places. What does not change from row to
-// row is kept: behind every store the compiler takes it that anything in memory may have changed.
+// Makes rows of one stream, by a warp with a ring. Scales and route entries, with their places, go along by ordinary
+// stores, for all rows before the first payload: a fence that a ring needed behind them would wait for them, row by
+// row.
 class Packer {
  public:
-  __device__ Packer(const Context& c, const DispatchTask& t, int node)
-      : layout_(stream_row_of(c, t)),
-        cast_(t.args.cast),
-        scale_format_(t.args.scale_format),
-        scales_fit_(ScaleWords::fit(t)),
-        rows_(static_cast<const char*>(t.args.x)),
-        scales_(static_cast<const char*>(t.args.scales)),
-        pitch_(t.args.x_pitch),
-        scales_pitch_(t.args.scales_pitch),
-        payload_bytes_(t.args.format.payload_bytes),
-        scale_bytes_(t.args.scales != nullptr && t.args.cast == Cast::kNone ? t.args.format.scale_bytes : 0),
-        hidden_(c.shape.hidden),
-        topk_(t.cached ? 0 : c.shape.num_topk),
-        first_expert_(node * c.sizes.node_num_experts),
-        node_experts_(c.sizes.node_num_experts),
-        experts_(t.source.experts),
-        weights_(t.args.topk_weights),
-        rank_places_(t.source.slot_places),
-        expert_places_(c.shape.row_per_expert() ? t.source.expert_places : nullptr) {}
+  __device__ Packer(const Context& c, const DispatchTask& t, const Stream& stream, const Chunk& chunk)
+      : c_(c),
+        t_(t),
+        stages_(c, t.plan),
+        layout_(stream_row_of(c, t)),
+        first_expert_(stream.node * c.sizes.node_num_experts),
+        num_rows_(chunk.end_row - chunk.first_row),
+        tokens_(t.source.stream_tokens + int64_t{chunk.stream} * t.args.num_tokens +
+                rows_before_round(c, t, chunk.stream, chunk.round) + chunk.first_row),
+        out_(row_out(c, stream, chunk.round, chunk.first_row, layout_.bytes)) {}
 
-  __device__ int64_t row_bytes() const { return layout_.bytes; }
-
-  // What a lane has to know of a token: as a top-k slot its expert, weight and places.
-  __device__ RouteEntry fetch_route(int token) const {
-    RouteEntry route{-1, 0.0f, -1, -1};
-    if (lane_idx() >= topk_) return route;
-    const int64_t entry = int64_t{token} * topk_ + lane_idx();
-    route.expert = experts_[entry];
-    route.weight = weights_ != nullptr ? weights_[entry] : 1.0f;
-    route.rank_row = rank_places_[entry];  // of no meaning for experts of other nodes
-    if (expert_places_ != nullptr) route.expert_row = expert_places_[entry];
-    return route;
-  }
-
-  // `meanwhile` as for move_row().
-  template <class Meanwhile>
-  __device__ void row(int token, RouteEntry route, char* to, Meanwhile&& meanwhile) const {
-    const char* from = rows_ + token * pitch_;
-    if (cast_ != Cast::kNone) {
-      meanwhile();
-      cast_row(from, to, to + layout_.side_offset, hidden_, cast_, scale_format_);
-    } else {
-      const char* scales = scales_ + token * scales_pitch_;
-      ScaleWords words{};
-      move_row(from, payload_bytes_, 1, to, [&] {
-        if (scales_fit_) words.load(scales, scale_bytes_);
-        meanwhile();
-      });
-      if (scales_fit_) {
-        words.store(to + layout_.side_offset, scale_bytes_);
-      } else {
-        copy_bytes(to + layout_.side_offset, scales, scale_bytes_);
-      }
-    }
-    if (lane_idx() >= topk_) return;
-    if (static_cast<uint32_t>(route.expert - first_expert_) >= static_cast<uint32_t>(node_experts_)) {
-      route = {-1, route.weight, -1, -1};
-    }
-    reinterpret_cast<RouteEntry*>(to + layout_.routes_offset)[lane_idx()] = route;
+  __device__ void run() const {
+    if (!t_.cached) store_routes();
+    if (t_.args.scales != nullptr && !casts()) store_scales();
+    if (casts() && c_.shape.row_per_expert()) return cast_rows();
+    move_items(
+        stages_, casts() ? Refill::kBeforeWork : Refill::kAfterStore, 0, 1, num_rows_ * t_.plan.num_chunks,
+        [&](int item, int stage) { load(item, stage); }, [&](int item, int stage) { store(item, stage); });
   }
 
  private:
+  static constexpr int kTogether = 8;  // loads of a lane under way
+
+  __device__ bool casts() const { return t_.args.cast != Cast::kNone; }
+  __device__ int piece_bytes(int piece) const {
+    const int row = casts() ? static_cast<int>(c_.shape.max_payload_bytes()) : t_.args.format.payload_bytes;
+    return min(t_.plan.chunk_bytes, row - piece * t_.plan.chunk_bytes);
+  }
+  __device__ const char* row_of(int token) const {
+    return static_cast<const char*>(t_.args.x) + token * t_.args.x_pitch;
+  }
+
+  // Calls load(i, row, idx) and then store(i, row, idx) for idx < `of_row` of each row, kTogether at a time in a lane.
+  template <class Load, class Store>
+  __device__ void for_rows(int of_row, Load&& load, Store&& store) const {
+    const int all = num_rows_ * of_row;
+    for (int first = lane_idx(); first < all; first += kTogether * kWarpThreads) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int at = first + i * kWarpThreads;
+        if (at < all) load(i, at / of_row, at % of_row);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int at = first + i * kWarpThreads;
+        if (at < all) store(i, at / of_row, at % of_row);
+      }
+    }
+  }
+
+  __device__ void store_routes() const {
+    RouteEntry routes[kTogether];
+    for_rows(
+        c_.shape.num_topk, [&](int i, int row, int slot) { routes[i] = route_of(tokens_[row], slot); },
+        [&](int i, int row, int slot) {
+          reinterpret_cast<RouteEntry*>(out_ + row * layout_.bytes + layout_.routes_offset)[slot] = routes[i];
+        });
+  }
+
+  __device__ RouteEntry route_of(int token, int slot) const {
+    const int64_t entry = int64_t{token} * c_.shape.num_topk + slot;
+    RouteEntry route;
+    route.expert = t_.source.experts[entry];
+    route.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
+    route.rank_row = t_.source.slot_places[entry];
+    route.expert_row = c_.shape.row_per_expert() ? t_.source.expert_places[entry] : -1;
+    const auto on_node = static_cast<uint32_t>(route.expert - first_expert_);
+    if (on_node < static_cast<uint32_t>(c_.sizes.node_num_experts)) return route;
+    return {-1, route.weight, -1, -1};
+  }
+
+  // As they lie at the caller.
+  __device__ void store_scales() const {
+    const auto* scales = static_cast<const char*>(t_.args.scales);
+    const auto alignment = reinterpret_cast<uintptr_t>(scales) | static_cast<uintptr_t>(t_.args.scales_pitch) |
+                           static_cast<uintptr_t>(t_.args.format.scale_bytes);
+    if (alignment % sizeof(uint4) == 0) return store_scale_pieces<uint4>(scales);
+    if (alignment % sizeof(uint32_t) == 0) return store_scale_pieces<uint32_t>(scales);
+    store_scale_pieces<uint8_t>(scales);
+  }
+  template <class Piece>
+  __device__ void store_scale_pieces(const char* scales) const {
+    Piece pieces[kTogether];
+    for_rows(
+        t_.args.format.scale_bytes / static_cast<int>(sizeof(Piece)),
+        [&](int i, int row, int idx) {
+          pieces[i] = reinterpret_cast<const Piece*>(scales + tokens_[row] * t_.args.scales_pitch)[idx];
+        },
+        [&](int i, int row, int idx) {
+          reinterpret_cast<Piece*>(out_ + row * layout_.bytes + layout_.side_offset)[idx] = pieces[i];
+        });
+  }
+
+  __device__ void load(int item, int stage) const {
+    const int piece = item % t_.plan.num_chunks;
+    if (casts()) ptx::fence_proxy_async_shared();  // it has read and written what the load overwrites
+    __syncwarp();
+    if (lane_idx() != 0) return;
+    ptx::mbarrier_arrive_expect_tx(stages_.full + stage, piece_bytes(piece));
+    ptx::bulk_load(stages_.payload(stage), row_of(tokens_[item / t_.plan.num_chunks]) + piece * t_.plan.chunk_bytes,
+                   piece_bytes(piece), stages_.full + stage);
+  }
+
+  __device__ void store(int item, int stage) const {
+    char* out = out_ + item / t_.plan.num_chunks * layout_.bytes;
+    const int piece = item % t_.plan.num_chunks;
+    int payload = piece_bytes(piece), payload_offset = piece * t_.plan.chunk_bytes;
+    if (casts()) {
+      const int group_bytes = t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4;
+      char* scales = out + layout_.side_offset + payload_offset / 2 / kScaleGroupChannels * group_bytes;
+      payload /= 2;
+      payload_offset /= 2;
+      cast_in_place(stages_.payload(stage), scales, payload, t_.args.cast, t_.args.scale_format);
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+    }
+    if (lane_idx() == 0) ptx::bulk_store(out + payload_offset, stages_.payload(stage), payload);
+  }
+
+  // Where rows are pulled the rings are for rows that are FP8 already.
+  __device__ void cast_rows() const {
+    for (int row = 0; row < num_rows_; ++row) {
+      char* out = out_ + row * layout_.bytes;
+      cast_row(row_of(tokens_[row]), out, out + layout_.side_offset, c_.shape.hidden, t_.args.cast,
+               t_.args.scale_format);
+    }
+  }
+
+  const Context& c_;
+  const DispatchTask& t_;
+  const Stages stages_;
   const StreamRow layout_;
-  const Cast cast_;
-  const ScaleFormat scale_format_;
-  const bool scales_fit_;
-  const char* const rows_;
-  const char* const scales_;
-  const int64_t pitch_;
-  const int64_t scales_pitch_;
-  const int payload_bytes_;
-  const int scale_bytes_;
-  const int hidden_;
-  const int topk_;  // entries of a row's route
-  const int first_expert_;
-  const int node_experts_;
-  const int32_t* const experts_;
-  const float* const weights_;
-  const int32_t* const rank_places_;
-  const int32_t* const expert_places_;
+  const int first_expert_;  // of the node
+  const int num_rows_;
+  const int32_t* const tokens_;  // of the rows
+  char* const out_;
 };
 
 __device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int stream, int round) {
@@ -246,22 +232,8 @@ __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int
 static __device__ __attribute__((noinline)) void d4_send_chunk(const Context& c, const DispatchTask& t,
                                                                const Chunk& chunk) {
   const Stream stream = stream_of(c, chunk.stream);
-  const Packer packer(c, t, stream.node);
-  const int64_t row_bytes = packer.row_bytes();
-  char* out = row_out(c, stream, chunk.round, chunk.first_row, row_bytes);
-  const int32_t* tokens = t.source.stream_tokens + int64_t{chunk.stream} * t.args.num_tokens +
-                          rows_before_round(c, t, chunk.stream, chunk.round);
-  for (int first = chunk.first_row; first < chunk.end_row; first += kWarpThreads) {
-    const int rows = min(kWarpThreads, chunk.end_row - first);
-    const int own = lane_idx() < rows ? tokens[first + lane_idx()] : 0;  // of the lane's row
-    RouteEntry next = packer.fetch_route(__shfl_sync(kFullWarp, own, 0));
-    for (int i = 0; i < rows; ++i, out += row_bytes) {
-      const RouteEntry route = next;
-      const int token = __shfl_sync(kFullWarp, own, i), following = __shfl_sync(kFullWarp, own, min(i + 1, rows - 1));
-      packer.row(token, route, out, [&] { next = packer.fetch_route(following); });
-    }
-  }
-  put_chunk(c, chunk, row_bytes);
+  Packer(c, t, stream, chunk).run();
+  put_chunk(c, chunk, stream_row_of(c, t).bytes);
 }
 
 __device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, const ChunkTasks& tasks, int round,
@@ -277,8 +249,9 @@ __device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, con
       });
 }
 
-// The rounds that have room at once. All warps that call it share the work.
+// The rounds that have room at once. The warps with rings share the work.
 __device__ inline void d4_send_first_rounds(const Context& c, const DispatchTask& t) {
+  if (warp_idx() >= t.plan.move_warps) return;
   const ChunkTasks tasks(c);
   const int turns = tasks.turns(), all = turns * min(kStagedRounds, c.shape.num_rounds());
   for (int turn = take_turn(c.control.grid.packed_chunks); turn < all; turn = take_turn(c.control.grid.packed_chunks)) {
@@ -304,9 +277,13 @@ __device__ inline bool d2_relay(const Context& c) {
     __syncwarp();
     if (!ok) break;
     const char* from = c.own(Region::kNetCountsIn, c.lane) + idx * c.sizes.counts_bytes;
-    char* to = lane_idx() < c.num_locals() ? c.region(lane_idx(), Region::kCounts, c.lane) : nullptr;
-    move_row(from, c.sizes.counts_bytes, __ballot_sync(kFullWarp, to != nullptr),
-             to + stream.peer * c.sizes.counts_bytes, [] {});
+    for (int64_t offset = lane_idx() * 16; offset < c.sizes.counts_bytes; offset += kWarpThreads * 16) {
+      const uint4 piece = *reinterpret_cast<const uint4*>(from + offset);
+      for (int local = 0; local < c.num_locals(); ++local) {
+        char* to = c.region(local, Region::kCounts, c.lane) + stream.peer * c.sizes.counts_bytes;
+        *reinterpret_cast<uint4*>(to + offset) = piece;
+      }
+    }
     __syncwarp();
     if (lane_idx() < c.num_locals()) {
       signal(c.team, c.word(lane_idx(), Region::kCountsFlag, c.lane, stream.peer), c.epoch);

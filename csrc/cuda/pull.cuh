@@ -85,8 +85,8 @@ class Puller {
   __device__ void run() {
     const int most = __reduce_max_sync(kFullWarp, rows_from_);
     const int num_items = most * c_.num_locals() * t_.plan.num_chunks;
-    const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
-    const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
+    const int first = warp_idx() < t_.plan.push_warps ? grid_warp_idx() : num_items;
+    const int step = t_.plan.push_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first, num_items);
     move_items(
         stages_, Refill::kAfterStore, first, step, num_items,
@@ -133,7 +133,7 @@ class Puller {
   __device__ void load(const PullItem& it, int item, int stage) {
     const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
     stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
-    ptx::fence_proxy_async_shared();  // the scales have been read by ordinary loads
+    if (span > 0) ptx::fence_proxy_async_shared();  // scales have been read by ordinary loads
     __syncwarp();
     if (lane_idx() != 0) return;
     uint64_t* full = stages_.full + stage;

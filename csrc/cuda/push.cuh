@@ -33,14 +33,14 @@ class Pusher {
 
   __device__ void run() {
     const int num_items = t_.args.num_tokens * t_.plan.num_chunks;
-    const int first = warp_idx() < t_.plan.move_warps ? grid_warp_idx() : num_items;
-    const int step = t_.plan.move_warps * static_cast<int>(gridDim.x);
+    const int first = warp_idx() < t_.plan.push_warps ? grid_warp_idx() : num_items;
+    const int step = t_.plan.push_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first);
     move_items(
         stages_, casts() ? Refill::kBeforeWork : Refill::kAfterStore, first, step, num_items,
         [&](int item, int stage) {
           load(next_, item, stage);
-          next_ = fetch(item + step);  // after the fence of load(), which waits for whatever is under way
+          next_ = fetch(item + step);
         },
         [&](int item, int stage) { store(item, stage); });
   }
@@ -67,7 +67,7 @@ class Pusher {
 
   __device__ void load(const PushItem& it, int item, int stage) {
     const int token = item / t_.plan.num_chunks, chunk = item % t_.plan.num_chunks;
-    ptx::fence_proxy_async_shared();  // what a cast has read and written, before the load
+    if (casts()) ptx::fence_proxy_async_shared();  // it has read and written what the load overwrites
     __syncwarp();
     const bool wanted = __any_sync(kFullWarp, it.place >= 0);
     if (lane_idx() == 0) load_payload(token, chunk, stages_.payload(stage), stages_.full + stage, wanted);

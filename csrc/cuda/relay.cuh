@@ -24,11 +24,18 @@ __device__ inline bool drain_streams(const Context& c) {
   return ok;
 }
 
-// One warp of a relay at work.
+// One warp of a relay at work, with a ring.
 class Relay {
  public:
   __device__ Relay(const Context& c, const DispatchTask& t, const BasesArena& bases)
-      : c_(c), t_(t), bases_(bases), layout_(stream_row_of(c, t)), format_(t.args.format), cached_(t.cached) {
+      : c_(c),
+        t_(t),
+        bases_(bases),
+        stages_(c, t.plan),
+        layout_(stream_row_of(c, t)),
+        format_(t.args.format),
+        cached_(t.cached),
+        num_pieces_(ceil_div(t.args.format.payload_bytes, t.plan.chunk_bytes)) {
     if (lane_idx() >= c.num_locals()) return;
     rows_ = c.region(lane_idx(), Region::kRecvRows, t.args.slot);
     scales_ = c.region(lane_idx(), Region::kRecvScales, t.args.slot);
@@ -54,12 +61,17 @@ class Relay {
     if (lane_idx() == 0) ok = wait_chunk(c_, chunk.stream, chunk.round, chunk.idx, Step::kD5Relay, round_rows);
     if (!__all_sync(kFullWarp, ok)) return false;
     __syncwarp();
-    RouteEntry next = fetch_route(chunk, chunk.first_row);
-    for (int row = chunk.first_row; row < chunk.end_row; ++row) {
-      const RouteEntry route = next;
-      this->row(chunk, row, route, [&] { next = fetch_route(chunk, min(row + 1, chunk.end_row - 1)); });
-    }
+    ptx::fence_proxy_async_global();  // acquired by an ordinary load, read by bulk loads
+    for (int row = chunk.first_row; row < chunk.end_row; row += rows_together()) store_side(chunk, row);
     __syncwarp();
+    next_ = final_route(chunk, chunk.first_row, lane_idx());
+    move_items(
+        stages_, Refill::kAfterStore, 0, 1, (chunk.end_row - chunk.first_row) * num_pieces_,
+        [&](int item, int stage) {
+          load(chunk, item, stage);
+          next_ = final_route(chunk, chunk.first_row + (item + 1) / num_pieces_, lane_idx());
+        },
+        [&](int item, int stage) { store(item, stage); });
     if (lane_idx() == 0) give_chunk_credit(c_, chunk.stream, chunk.round, chunk.idx);
     return true;
   }
@@ -75,39 +87,27 @@ class Relay {
     return reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(pointer), lane));
   }
 
-  // `meanwhile` as for move_row().
-  template <class Meanwhile>
-  __device__ void row(const Chunk& chunk, int row, const RouteEntry& fetched, Meanwhile&& meanwhile) {
-    const char* from = row_in(c_, chunk.stream, chunk.round, row, layout_.bytes);
-    const RouteEntry route = final_route(chunk, row, fetched);
-    // A lane for each rank of the node: the rank row there.
-    int32_t rank_row = -1;
-    for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
-      const int32_t expert = __shfl_sync(kFullWarp, route.expert, slot);
-      const int32_t there = __shfl_sync(kFullWarp, route.rank_row, slot);
-      if (expert >= 0 && c_.local_of_expert(expert) == lane_idx()) rank_row = there;
-    }
-    const uint32_t ranks = __ballot_sync(kFullWarp, rank_row >= 0);
-    if (c_.shape.row_per_expert()) {  // a lane for each top-k slot
-      const int local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
-      store_row(from, local, route.expert_row, meanwhile);
-    } else {
-      store_row(from, rank_row >= 0 ? lane_idx() : -1, rank_row, meanwhile);
-    }
-    if (!cached_) store_records(route, rank_row, ranks);
+  __device__ int piece_bytes(int piece) const {
+    return min(t_.plan.chunk_bytes, format_.payload_bytes - piece * t_.plan.chunk_bytes);
   }
 
-  // Of the lane's slot: as it came, or final from the handle.
-  __device__ RouteEntry fetch_route(const Chunk& chunk, int row) const {
-    if (lane_idx() >= c_.shape.num_topk) return {-1, 0.0f, -1, -1};
-    if (t_.cached) return t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[lane_idx()];
-    const char* from = row_in(c_, chunk.stream, chunk.round, row, layout_.bytes);
-    return reinterpret_cast<const RouteEntry*>(from + layout_.routes_offset)[lane_idx()];
+  // ---- what goes along with payloads: for all rows of a chunk before the first of these, as in Packer
+
+  // That the lanes hold at once, a lane for each slot.
+  static constexpr int kMostTogether = 4;
+  __device__ int rows_together() const { return min(kWarpThreads / c_.shape.num_topk, kMostTogether); }
+
+  // From the handle, where it has been kept; lanes behind the top-k slots have none.
+  __device__ RouteEntry final_route(const Chunk& chunk, int row, int slot) const {
+    if (row >= chunk.end_row || slot >= c_.shape.num_topk) return {-1, 0.0f, -1, -1};
+    return t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[slot];
   }
 
-  // With final rows, which the handle keeps.
-  __device__ RouteEntry final_route(const Chunk& chunk, int row, RouteEntry route) const {
-    if (t_.cached || lane_idx() >= c_.shape.num_topk) return route;
+  // As it came, made final, and kept.
+  __device__ RouteEntry make_final(const Chunk& chunk, int row, int slot) const {
+    if (row >= chunk.end_row) return {-1, 0.0f, -1, -1};
+    const char* from = row_in(c_, chunk.stream, chunk.round, row, layout_.bytes) + layout_.routes_offset;
+    RouteEntry route = reinterpret_cast<const RouteEntry*>(from)[slot];
     if (route.expert >= 0) {
       const int node_expert = route.expert - c_.sizes.node_first_expert;
       route.rank_row += bases_.relay_rank_bases[chunk.stream * c_.num_locals() + c_.local_of_expert(route.expert)];
@@ -115,33 +115,103 @@ class Relay {
         route.expert_row += bases_.relay_expert_bases[chunk.stream * c_.sizes.node_num_experts + node_expert];
       }
     }
-    t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[lane_idx()] = route;
+    t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[slot] = route;
     return route;
   }
 
-  // To the lane's row of `x` at a rank of the node; lanes with rank -1 have none.
-  template <class Meanwhile>
-  __device__ void store_row(const char* from, int local, int64_t row, Meanwhile&& meanwhile) {
-    const uint32_t targets = __ballot_sync(kFullWarp, local >= 0);
-    char* rows = of_lane(rows_, max(local, 0)) + row * format_.payload_bytes;
-    char* scales = of_lane(scales_, max(local, 0)) + row * format_.scale_pitch();
-    // The first 512 bytes of scales, which is mostly all of them, are on their way while the payload is waited for.
-    const int span = format_.scale_span(), early_bytes = min(span, 16 * kWarpThreads);
-    uint4 early = make_uint4(0, 0, 0, 0);
-    move_row(from, format_.payload_bytes, targets, rows, [&] {
-      if (lane_idx() * 16 < span) early = reinterpret_cast<const uint4*>(from + layout_.side_offset)[lane_idx()];
-      meanwhile();
-    });
-    for (uint32_t left = span > 0 ? targets : 0; left != 0; left &= left - 1) {
-      const int target = __ffs(static_cast<int>(left)) - 1;
-      auto* there = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(scales), target));
-      if (lane_idx() * 16 < span) there[lane_idx()] = early;
+  // Loads are issued for all rows before one is waited for.
+  __device__ void store_side(const Chunk& chunk, int first) {
+    const int topk = c_.shape.num_topk, row = first + lane_idx() / topk, slot = lane_idx() % topk;
+    uint4 scales[kMostTogether];  // the first 512 bytes, which is mostly all of them
+#pragma unroll
+    for (int i = 0; i < kMostTogether; ++i) {
+      scales[i] = make_uint4(0, 0, 0, 0);
+      if (lane_idx() * 16 < format_.scale_span() && first + i < chunk.end_row) {
+        scales[i] = *reinterpret_cast<const uint4*>(side_of(chunk, first + i) + lane_idx() * 16);
+      }
     }
-    if (span > early_bytes) {
-      move_row(from + layout_.side_offset + early_bytes, span - early_bytes, targets, scales + early_bytes, [] {});
+    RouteEntry mine{-1, 0.0f, -1, -1};
+    if (lane_idx() < rows_together() * topk) {
+      mine = cached_ ? final_route(chunk, row, slot) : make_final(chunk, row, slot);
     }
-    const int others = __popc(__ballot_sync(kFullWarp, local >= 0 && local != c_.local_rank()));
-    to_others_ += int64_t{others} * (format_.payload_bytes + format_.scale_span());
+#pragma unroll
+    for (int i = 0; i < kMostTogether; ++i) {
+      if (i >= rows_together() || first + i >= chunk.end_row) break;
+      const int from = min(i * topk + lane_idx(), kWarpThreads - 1);
+      RouteEntry route{__shfl_sync(kFullWarp, mine.expert, from), __shfl_sync(kFullWarp, mine.weight, from),
+                       __shfl_sync(kFullWarp, mine.rank_row, from), __shfl_sync(kFullWarp, mine.expert_row, from)};
+      if (lane_idx() >= topk) route = {-1, 0.0f, -1, -1};
+      const Target target = target_of(route);
+      if (format_.scale_span() > 0) store_scales(side_of(chunk, first + i), scales[i], target);
+      if (!cached_) store_records(route, target.rank_row, __ballot_sync(kFullWarp, target.rank_row >= 0));
+    }
+  }
+
+  __device__ const char* side_of(const Chunk& chunk, int row) const {
+    return row_in(c_, chunk.stream, chunk.round, row, layout_.bytes) + layout_.side_offset;
+  }
+
+  // By lane: where a row of `x` goes to, a rank of the node (-1: nowhere) and the row there; and the rank row at the
+  // lane's rank, if it has one.
+  struct Target {
+    int local;
+    int32_t row;
+    int32_t rank_row;
+  };
+
+  __device__ Target target_of(const RouteEntry& route) const {
+    const int local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
+    int32_t rank_row = -1;
+    for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
+      const int32_t there = __shfl_sync(kFullWarp, route.rank_row, slot);
+      if (__shfl_sync(kFullWarp, local, slot) == lane_idx()) rank_row = there;
+    }
+    if (c_.shape.row_per_expert()) return {local, route.expert_row, rank_row};
+    return {rank_row >= 0 ? lane_idx() : -1, rank_row, rank_row};
+  }
+
+  __device__ void store_scales(const char* from, uint4 value, const Target& target) {
+    char* to = of_lane(scales_, max(target.local, 0)) + int64_t{target.row} * format_.scale_pitch();
+    const uint32_t targets = __ballot_sync(kFullWarp, target.local >= 0);
+    const int span = format_.scale_span();
+    for (int offset = lane_idx() * 16; offset - lane_idx() * 16 < span; offset += kWarpThreads * 16) {
+      if (offset >= kWarpThreads * 16 && offset < span) value = *reinterpret_cast<const uint4*>(from + offset);
+      for (uint32_t left = targets; left != 0; left &= left - 1) {
+        char* there = of_lane(to, __ffs(static_cast<int>(left)) - 1);
+        if (offset < span) *reinterpret_cast<uint4*>(there + offset) = value;
+      }
+    }
+    to_others_ += int64_t{others(target)} * span;
+  }
+  __device__ int others(const Target& target) const {
+    return __popc(__ballot_sync(kFullWarp, target.local >= 0 && target.local != c_.local_rank()));
+  }
+
+  // ---- payloads, through the ring
+
+  __device__ void load(const Chunk& chunk, int item, int stage) const {
+    const int piece = item % num_pieces_;
+    const char* from = row_in(c_, chunk.stream, chunk.round, chunk.first_row + item / num_pieces_, layout_.bytes);
+    __syncwarp();
+    if (lane_idx() < c_.shape.num_topk) reinterpret_cast<RouteEntry*>(stages_.record(stage))[lane_idx()] = next_;
+    if (lane_idx() == 0) {
+      ptx::mbarrier_arrive_expect_tx(stages_.full + stage, piece_bytes(piece));
+      ptx::bulk_load(stages_.payload(stage), from + piece * t_.plan.chunk_bytes, piece_bytes(piece),
+                     stages_.full + stage);
+    }
+    __syncwarp();
+  }
+
+  __device__ void store(int item, int stage) {
+    const int piece = item % num_pieces_;
+    RouteEntry route{-1, 0.0f, -1, -1};
+    if (lane_idx() < c_.shape.num_topk) route = reinterpret_cast<const RouteEntry*>(stages_.record(stage))[lane_idx()];
+    const Target target = target_of(route);
+    char* to = of_lane(rows_, max(target.local, 0)) + int64_t{target.row} * format_.payload_bytes;
+    if (target.local >= 0) {
+      ptx::bulk_store(to + piece * t_.plan.chunk_bytes, stages_.payload(stage), piece_bytes(piece));
+    }
+    to_others_ += int64_t{others(target)} * piece_bytes(piece);
   }
 
   __device__ void store_records(const RouteEntry& route, int32_t rank_row, uint32_t ranks) {
@@ -162,10 +232,13 @@ class Relay {
   const Context& c_;
   const DispatchTask& t_;
   const BasesArena bases_;
-  // Kept, as in Packer; of the lane's rank, where its rows of `x`, their scales, and the records start.
+  const Stages stages_;
   const StreamRow layout_;
   const RowFormat format_;
   const bool cached_;
+  const int num_pieces_;  // of a row, each in a stage
+  RouteEntry next_;       // of the lane's slot, of the row that is loaded next
+  // Of the lane's rank: where its rows of `x`, their scales, and the records start.
   char* rows_ = nullptr;
   char* scales_ = nullptr;
   char* records_ = nullptr;
@@ -184,6 +257,7 @@ __device__ inline void d3_relay_bases(const Context& c, const BasesArena& arena)
 // D5 of each round, and between them D4 of the rounds for which it makes room. Warps come when they have nothing else
 // to do. False where the kernel has to be left.
 static __device__ __attribute__((noinline)) bool d5_relay(const Context& c, const DispatchTask& t) {
+  if (warp_idx() >= t.plan.move_warps) return true;
   Relay relay(c, t, BasesArena(c, t.plan));
   const ChunkTasks tasks(c);
   const int turns = tasks.turns(), rounds = c.shape.num_rounds();

@@ -5,18 +5,6 @@
 
 namespace deep_a2a::cuda {
 
-// Counts through a ring: which stage, and the parity of its barrier's phase.
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance(int num_stages) {
-    if (++stage < num_stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 // Every load completes unless the GPU is broken; a peer's window stays mapped whatever becomes of the peer.
 __device__ inline void wait_full(uint64_t* barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(barrier, parity)) {

@@ -13,7 +13,7 @@ class SumRing {
   __device__ SumRing(const Context& c, const CombinePlan& plan)
       : plan_(plan),
         idx_(warp_idx() % plan.num_rings),
-        memory_(c.arena + idx_ * plan.num_stages * plan.stage_bytes),
+        memory_(c.arena + idx_ * plan.num_stages * kSumChunkBytes),
         full_(c.shared.barriers + idx_ * 2 * plan.num_stages),
         empty_(full_ + plan.num_stages) {}
 
@@ -52,7 +52,7 @@ class SumRing {
         wait_full(empty_ + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
         ptx::fence_proxy_async_shared();                  // what the other warp has read is overwritten by a bulk load
         ptx::mbarrier_arrive_expect_tx(full_ + mine.stage, bytes);
-        ptx::bulk_load(memory_ + mine.stage * plan_.stage_bytes, sum.row + offset, bytes, full_ + mine.stage);
+        ptx::bulk_load(memory_ + mine.stage * kSumChunkBytes, sum.row + offset, bytes, full_ + mine.stage);
       }
       // A parity tells one phase from the next alone. Whoever loaded what lay in a stage before has seen the stage
       // emptied for that: now all lanes know.
@@ -86,14 +86,14 @@ class SumRing {
     }
   }
 
-  // What lies behind the end of a shorter chunk is of no sum.
+  // A whole stage: what lies behind the end of a shorter chunk is of no sum.
   template <bool kFirst, int kCount>
   __device__ void add_stages(float (&values)[kPieces][8]) {
     const char* stages[kCount];
     for (int term = 0; term < kCount; ++term) {
       const RingPosition there = at(at_, term);
       wait_full(full_ + there.stage, there.parity);
-      stages[term] = memory_ + there.stage * plan_.stage_bytes + lane_idx() * 16;
+      stages[term] = memory_ + there.stage * kSumChunkBytes + lane_idx() * 16;
     }
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {

@@ -4,13 +4,27 @@
 #include <cstdint>
 
 #include "cuda/team.hpp"
+#include "cuda/tuning.hpp"
 
 namespace deep_a2a::cuda {
 
 constexpr int kMaxBarriers = 128;  // of all rings of a block
 
+// Counts through a ring: which stage, and the parity of its barrier's phase.
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  DEEP_A2A_HOST_DEVICE void advance(int num_stages) {
+    if (++stage < num_stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
 struct BlockShared {
   uint64_t barriers[kMaxBarriers];
+  RingPosition rings[kBlockWarps];       // of each warp
   int32_t rank_bases[kMaxRanksPerNode];  // where this rank's rows start at each rank of the node
   int32_t num_rows;                      // of `x`, that this rank receives
   int32_t num_rank_rows;

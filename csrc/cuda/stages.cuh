@@ -12,11 +12,13 @@ struct Stages {
   const DispatchPlan& plan;
   char* memory;
   uint64_t* full;
+  RingPosition& at;  // where the ring has come to, for whoever uses it next
 
   __device__ Stages(const Context& c, const DispatchPlan& the_plan)
       : plan(the_plan),
         memory(c.arena + plan.ring_offset + warp_idx() * plan.num_stages * plan.stage_bytes),
-        full(c.shared.barriers + warp_idx() * plan.num_stages) {}
+        full(c.shared.barriers + warp_idx() * plan.num_stages),
+        at(c.shared.rings[warp_idx()]) {}
   __device__ char* payload(int stage) const { return memory + stage * plan.stage_bytes; }
   __device__ char* scales(int stage) const { return payload(stage) + plan.side_offset; }
   __device__ char* record(int stage) const { return payload(stage) + plan.record_offset; }
@@ -41,7 +43,7 @@ template <class Load, class Store>
 __device__ void move_items(const Stages& stages, Refill when, int first, int step, int num_items, Load&& load,
                            Store&& store) {
   const int num_stages = stages.plan.num_stages;
-  RingPosition filling, storing;
+  RingPosition filling = stages.at, storing = filling;
   int next = first;
   const auto refill = [&] {
     if (next >= num_items) return;
@@ -52,7 +54,6 @@ __device__ void move_items(const Stages& stages, Refill when, int first, int ste
   for (int i = 0; i < num_stages; ++i) refill();
   for (int item = first; item < num_items; item += step) {
     wait_full(stages.full + storing.stage, storing.parity);
-    ptx::fence_proxy_async_shared();  // what a bulk load has written is read by bulk stores
     if (when == Refill::kBeforeWork && item != first) {
       ptx::bulk_wait_read<0>();
       __syncwarp();
@@ -68,6 +69,9 @@ __device__ void move_items(const Stages& stages, Refill when, int first, int ste
     }
   }
   ptx::bulk_wait<0>();
+  __syncwarp();
+  stages.at = storing;
+  __syncwarp();
 }
 
 // A few bytes, by a warp; 4 at a time where the source allows it.

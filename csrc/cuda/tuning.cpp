@@ -11,6 +11,7 @@ namespace {
 constexpr int kStageAlignment = 128;
 constexpr int kPushChunkBytes = 7168;  // a row of 7168 FP8 channels; longer rows go in pieces
 constexpr int kMostMoveWarps = 10;     // measured: more take shared memory from the stages
+constexpr int kPushTenths = 6;         // of the warps with rings
 constexpr int kCastChunkBytes = 8192;  // of BF16: a cast wants more warps than a copy
 constexpr int kCastStagesWanted = 2;
 constexpr int kStagesWanted = 3;  // one loads, one is full, one is being stored
@@ -64,13 +65,16 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   const int64_t input_bytes = casts ? s.max_payload_bytes() : args.format.payload_bytes;
   plan.num_targets = s.row_per_expert() ? s.num_topk : s.topology.ranks_per_node;
   const int64_t rows_bytes = align_up(plan.num_targets * 4, kRowAlignment);
-  const int64_t side = args.format.scale_pitch() + aligned(RouteRecord::bytes(s)) + rows_bytes;
+  // Behind a row's scales: its record, or, on its way to another node, its route entries.
+  const int64_t routes_bytes = streams > 0 ? s.num_topk * static_cast<int64_t>(sizeof(RouteEntry)) : 0;
+  const int64_t record_bytes = std::max(RouteRecord::bytes(s), routes_bytes);
+  const int64_t side = args.format.scale_pitch() + aligned(record_bytes) + rows_bytes;
   const int64_t chunk = chunk_of(s, args, casts, left / 4 - side - kStageAlignment);
   plan.chunk_bytes = static_cast<int>(chunk);
   plan.num_chunks = static_cast<int>(ceil_div(input_bytes, chunk));
   plan.side_offset = aligned(chunk);
   plan.record_offset = plan.side_offset + args.format.scale_pitch();
-  plan.rows_offset = plan.record_offset + static_cast<int>(RouteRecord::bytes(s));
+  plan.rows_offset = plan.record_offset + static_cast<int>(record_bytes);
   plan.stage_bytes = aligned(plan.rows_offset + rows_bytes);
   const int64_t stages = left / plan.stage_bytes;
   check_argument(stages >= 2, "rows of hidden = ", s.hidden, " with ", args.format.scale_bytes,
@@ -79,6 +83,7 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   plan.num_stages = static_cast<int>(std::min<int64_t>(stages, casts ? kCastStagesWanted : kStagesWanted));
   plan.move_warps = static_cast<int>(std::min<int64_t>(casts ? kBlockWarps : kMostMoveWarps, stages / plan.num_stages));
   plan.num_stages = static_cast<int>(std::min<int64_t>(stages / plan.move_warps, kMaxBarriers / kBlockWarps));
+  plan.push_warps = streams > 0 ? ceil_div(plan.move_warps * kPushTenths, 10) : plan.move_warps;
 
   const int64_t rings = int64_t{plan.move_warps} * plan.num_stages * plan.stage_bytes;
   const int64_t most = std::max({rings, counters * (plan.count_warps + 1), bases});
@@ -91,12 +96,12 @@ CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits
   plan.shared_bytes = kArenaBegin;
   if (s.topology.num_nodes() == 1 && !s.row_per_expert()) {
     plan.num_stages = std::max(s.topology.ranks_per_node, kFewestSumStages);
-    plan.num_rings = std::min(kMostSumRings, kMaxBarriers / 2 / plan.num_stages);
-    const int64_t stage = (limits.shared_bytes - kArenaBegin) / (plan.num_rings * plan.num_stages) / kStageAlignment;
-    plan.chunk_bytes =
-        static_cast<int>(std::min({int64_t{kSumChunkBytes}, stage * kStageAlignment, s.max_payload_bytes()}));
-    plan.stage_bytes = aligned(plan.chunk_bytes);
-    plan.shared_bytes += plan.num_rings * plan.num_stages * plan.stage_bytes;
+    const int64_t rings = (limits.shared_bytes - kArenaBegin) / (int64_t{plan.num_stages} * kSumChunkBytes);
+    plan.num_rings = static_cast<int>(std::min<int64_t>({rings, kMostSumRings, kMaxBarriers / 2 / plan.num_stages}));
+    check_argument(plan.num_rings > 0, "ranks_per_node = ", s.topology.ranks_per_node,
+                   " does not fit a block's shared memory of ", limits.shared_bytes, " bytes");
+    plan.chunk_bytes = static_cast<int>(std::min<int64_t>(kSumChunkBytes, s.max_payload_bytes()));
+    plan.shared_bytes += plan.num_rings * plan.num_stages * kSumChunkBytes;
   }
   // A part should give every warp some rows, whose lengths even out.
   const int enough = std::max(kRowsOfPart * ceil_div(kBlockWarps * num_sms, s.topology.ranks_per_node),

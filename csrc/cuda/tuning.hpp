@@ -26,6 +26,7 @@ struct DispatchPlan {
   int count_warps = 0;  // that count tokens
   int ring_offset = 0;  // behind what D3 leaves in the arena; the rings, before them the counters of D1 and D3
   int move_warps = 0;   // that move rows, each with a ring
+  int push_warps = 0;   // of these, that begin with rows of the own node; with several nodes the others begin to relay
   int num_stages = 0;   // of a ring
   int stage_bytes = 0;
   int side_offset = 0;  // in a stage, behind the payload: scales, then the route record, then where the row goes
@@ -38,10 +39,9 @@ struct DispatchPlan {
 };
 
 struct CombinePlan {
-  int num_rings = 0;   // of a warp that loads and a warp that adds; none where all terms lie near
-  int num_stages = 0;  // of a ring: at least as many as a sum has terms
-  int stage_bytes = 0;
-  int chunk_bytes = 0;  // of a row, in one stage
+  int num_rings = 0;    // of a warp that loads and a warp that adds; none where all terms lie near
+  int num_stages = 0;   // of a ring: at least as many as a sum has terms
+  int chunk_bytes = 0;  // of a row, in one stage, which has room for kSumChunkBytes
   int part_shift = 0;   // own rows become readable, and tokens follow them, in parts of 2^part_shift of each source
   int shared_bytes = 0;
 };

@@ -20,7 +20,7 @@ constexpr int kMaxLanes = 16;
 constexpr int kStagedRounds = 2;  // that have room between rail peers: one is filled while another is drained
 constexpr int kMaxRounds = 256;
 constexpr int kMaxRoundTokens = 4095;               // with several rounds: a word has 12 bits for the rows of one
-constexpr int64_t kDefaultChunkBytes = 128 * 1024;  // large enough to hide the cost of a put, small enough to pipeline
+constexpr int64_t kDefaultChunkBytes = 256 * 1024;  // large enough to hide the cost of a put, small enough to pipeline
 
 struct Shape {
   Topology topology;
