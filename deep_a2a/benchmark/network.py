@@ -144,8 +144,8 @@ def prepare_network(cells: Iterable[Cell]) -> None:
     far = [cell for cell in cells if cell.num_nodes > 1 and cell.backend != "cpu"]
     if not far:
         return
-    # Twice, as rows by expert are more than rows by rank; of use only where memory is not mapped on demand.
-    heap_bytes = 2 * max(
+    # Rows by expert are more than rows by rank, which this counts, and what smaller Buffers took before stays taken.
+    heap_bytes = 4 * max(
         memory_table(
             num_ranks=cell.num_ranks, ranks_per_node=cell.ranks_per_node, hidden=cell.hidden,
             num_experts=cell.num_experts, num_topk=cell.num_topk, num_max_tokens_per_rank=cell.num_tokens,
