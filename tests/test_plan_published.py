@@ -70,13 +70,13 @@ def test_no_row_crosses_faster_than_the_line() -> None:
 def test_network_bound_by_hand(
     package: str, op: str, ranks: int, sms: int, dtype: str, experts: int, tokens: int, counted: int, crosses: int
 ) -> None:
-    """Nodes by the hypergeometric formula, bytes over the rate of puts; counts and flags are below 1 %."""
+    """Nodes by the hypergeometric formula, bytes over the rate of puts; counts, flags and the first chunk are little more than 1 %."""
     nodes = ranks // 8
     hit = nodes * (1 - math.comb(experts - experts // nodes, 8) / math.comb(experts, 8))
     time_us = tokens * hit * (nodes - 1) / nodes * crosses / PUT_GBS / 1e3
     gbs = tokens * hit * counted / time_us / 1e3
     found = find(package, op, ranks, sms, dtype)
-    assert found.model_gbs == pytest.approx(gbs, rel=0.011) and found.model_gbs < gbs
+    assert found.model_gbs == pytest.approx(gbs, rel=0.013) and found.model_gbs < gbs
     assert found.deviation == pytest.approx(found.figure.logical_gbs / found.model_gbs - 1)  # type: ignore[operator]
 
 

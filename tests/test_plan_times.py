@@ -56,7 +56,7 @@ def test_two_hops_by_hand() -> None:
     """8 nodes, unlimited: 5.2947 nodes a token, of which 7/8 are others; 128 bytes of entries a row, 1344 of counts."""
     plan = make_plan(Workload(), num_sms=8)
     rows = 4096 * 5.294652000382479 * 7 / 8
-    fixed = 2 * 1.2 + 8.35 + 131072 / 47e3
+    fixed = 2 * 1.2 + 8.35 + 262144 / 47e3
     assert plan.dispatch.estimate.limit == plan.combine.estimate.limit == "network out"
     assert plan.dispatch.estimate.total_us == pytest.approx((rows * (7392 + 128) + 7 * 1344) / 47e3 + fixed)
     assert plan.combine.estimate.total_us == pytest.approx(rows * 14336 / 47e3 + fixed)
