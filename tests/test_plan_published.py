@@ -70,7 +70,7 @@ def test_no_row_crosses_faster_than_the_line() -> None:
 def test_network_bound_by_hand(
     package: str, op: str, ranks: int, sms: int, dtype: str, experts: int, tokens: int, counted: int, crosses: int
 ) -> None:
-    """Nodes by the hypergeometric formula, bytes over the rate of puts; counts, flags and the first chunk are little more than 1 %."""
+    """Nodes by the hypergeometric formula, bytes over the rate of puts; counts and the first chunk are some 1 %."""
     nodes = ranks // 8
     hit = nodes * (1 - math.comb(experts - experts // nodes, 8) / math.comb(experts, 8))
     time_us = tokens * hit * (nodes - 1) / nodes * crosses / PUT_GBS / 1e3

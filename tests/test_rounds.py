@@ -19,12 +19,13 @@ DEADLINE_S = 300.0
 
 def random_buffer(backend: str, seed: int) -> Case:
     numbers = random.Random(seed)
-    topology = NODES[backend][seed % len(NODES[backend])]
+    turn, place = divmod(seed, len(NODES[backend]))
+    topology = NODES[backend][place]
     local_experts = numbers.randint(1, 5)
     case = case_on(
         backend,
         topology=topology,
-        layout=LAYOUTS[seed % len(LAYOUTS)],
+        layout=LAYOUTS[(place + turn) % len(LAYOUTS)],  # another one each time that a topology comes
         hidden=numbers.choice([8, 16, 48, 128, 144]),
         local_experts=local_experts,
         max_tokens=numbers.randint(1, 7),
