@@ -154,4 +154,4 @@ def test_what_nvshmem_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     window = memory_table(
         num_ranks=4, ranks_per_node=2, hidden=7168, num_experts=8, num_topk=3, num_max_tokens_per_rank=4096
     )
-    assert told == [(2 * window.total_bytes, 64)]
+    assert told == [(4 * window.total_bytes, 64)]

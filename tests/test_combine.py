@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one expert twice": {"routing": "repeated", "num_topk": 8, "local_experts": 2, "side": True},
     "odd vector length": {"hidden": 8 * 17, "num_topk": 8},
     "wide rows": {"hidden": 4096, "num_topk": 8},
+    # Sums lie at places of their own for every rank and token that there can be, however few rows are received.
+    "few rows of many": {"max_tokens": 64, "expert_capacity": 14},
     # More terms than half of a ring's stages, and fewer than all, in rows of several chunks.
     **{
         f"{terms} terms of several chunks": {

@@ -56,6 +56,7 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
       // The own count vector has been written by another block.
       ok = ok && wait(c, c.own_word(Region::kCountsFlag, c.team.rank), c.epoch, Step::kD2Exchange, c.team.rank);
     }
+    ptx::fence_proxy_async();  // the arena and credits, used by ordinary accesses, come before bulk copies
     if (!all_of_block(ok)) return false;
     ok = t.cached || d2_relay(c);
     d4_send_first_rounds(c, t);

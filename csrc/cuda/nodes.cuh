@@ -232,6 +232,7 @@ __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int
 static __device__ __attribute__((noinline)) void d4_send_chunk(const Context& c, const DispatchTask& t,
                                                                const Chunk& chunk) {
   const Stream stream = stream_of(c, chunk.stream);
+  if (chunk.round >= kStagedRounds) ptx::fence_proxy_async_global();  // room has been waited for by ordinary loads
   Packer(c, t, stream, chunk).run();
   put_chunk(c, chunk, stream_row_of(c, t).bytes);
 }

@@ -94,19 +94,20 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
 CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits) {
   CombinePlan plan;
   plan.shared_bytes = kArenaBegin;
-  if (s.topology.num_nodes() == 1 && !s.row_per_expert()) {
-    plan.num_stages = std::max(s.topology.ranks_per_node, kFewestSumStages);
-    const int64_t rings = (limits.shared_bytes - kArenaBegin) / (int64_t{plan.num_stages} * kSumChunkBytes);
-    plan.num_rings = static_cast<int>(std::min<int64_t>({rings, kMostSumRings, kMaxBarriers / 2 / plan.num_stages}));
-    check_argument(plan.num_rings > 0, "ranks_per_node = ", s.topology.ranks_per_node,
-                   " does not fit a block's shared memory of ", limits.shared_bytes, " bytes");
-    plan.chunk_bytes = static_cast<int>(std::min<int64_t>(kSumChunkBytes, s.max_payload_bytes()));
-    plan.shared_bytes += plan.num_rings * plan.num_stages * kSumChunkBytes;
+  if (s.topology.num_nodes() > 1) return plan;
+  if (s.row_per_expert()) {  // a part should give every warp some rows, whose lengths even out
+    const int enough = std::max(kRowsOfPart * ceil_div(kBlockWarps * num_sms, s.topology.ranks_per_node),
+                                ceil_div(s.max_tokens, kMaxReadyParts));
+    while (1 << plan.part_shift < enough) ++plan.part_shift;
+    return plan;
   }
-  // A part should give every warp some rows, whose lengths even out.
-  const int enough = std::max(kRowsOfPart * ceil_div(kBlockWarps * num_sms, s.topology.ranks_per_node),
-                              ceil_div(s.max_tokens, kMaxReadyParts));
-  while (1 << plan.part_shift < enough) ++plan.part_shift;
+  plan.num_stages = std::max(s.topology.ranks_per_node, kFewestSumStages);
+  const int64_t rings = (limits.shared_bytes - kArenaBegin) / (int64_t{plan.num_stages} * kSumChunkBytes);
+  plan.num_rings = static_cast<int>(std::min<int64_t>({rings, kMostSumRings, kMaxBarriers / 2 / plan.num_stages}));
+  check_argument(plan.num_rings > 0, "ranks_per_node = ", s.topology.ranks_per_node,
+                 " does not fit a block's shared memory of ", limits.shared_bytes, " bytes");
+  plan.chunk_bytes = static_cast<int>(std::min<int64_t>(kSumChunkBytes, s.max_payload_bytes()));
+  plan.shared_bytes += plan.num_rings * plan.num_stages * kSumChunkBytes;
   return plan;
 }
 

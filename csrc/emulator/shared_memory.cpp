@@ -1,21 +1,37 @@
 #include "emulator/shared_memory.hpp"
 
+#include <sys/mman.h>
+
 #include <cstring>
+#include <new>
 
 namespace deep_a2a::emulator {
 namespace {
 
 constexpr unsigned char kPoison = 0xD7;
 constexpr size_t kMarginBytes = 1024;
+constexpr size_t kGuardBytes = 4096;
+
+constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 
-SharedMemory::SharedMemory(size_t bytes)
-    : bytes_(bytes), memory_(new char[bytes + 2 * kMarginBytes + kSharedAlignment]) {
-  memset(memory_.get(), kPoison, bytes + 2 * kMarginBytes + kSharedAlignment);
-  const auto first = reinterpret_cast<uintptr_t>(memory_.get()) + kMarginBytes;
-  data_ = reinterpret_cast<char*>((first + kSharedAlignment - 1) & ~uintptr_t{kSharedAlignment - 1});
+SharedMemory::SharedMemory(size_t bytes) : bytes_(bytes) {
+  const size_t used = round_up(bytes, kSharedAlignment) + kMarginBytes,
+               whole = round_up(kMarginBytes + used, kGuardBytes);
+  mapped_bytes_ = whole + kGuardBytes;
+  void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  mapped_ = static_cast<char*>(memory);
+  if (mprotect(mapped_ + whole, kGuardBytes, PROT_NONE) != 0) {
+    munmap(mapped_, mapped_bytes_);
+    throw std::bad_alloc();
+  }
+  memset(mapped_, kPoison, whole);
+  data_ = mapped_ + (whole - used);
 }
+
+SharedMemory::~SharedMemory() { munmap(mapped_, mapped_bytes_); }
 
 bool SharedMemory::contains(const void* pointer, size_t bytes) const {
   const auto* begin = static_cast<const char*>(pointer);

@@ -1,9 +1,9 @@
-// The dynamic shared memory of a block, poisoned, with a margin that shows stores outside it.
+// The dynamic shared memory of a block, poisoned, with a margin that shows stores outside it. Behind the margin nothing
+// is mapped: who reads or writes there ends the process.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 namespace deep_a2a::emulator {
 
@@ -12,6 +12,9 @@ constexpr size_t kSharedAlignment = 128;
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes);
+  ~SharedMemory();
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
 
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
@@ -21,7 +24,8 @@ class SharedMemory {
 
  private:
   size_t bytes_;
-  std::unique_ptr<char[]> memory_;
+  size_t mapped_bytes_;  // the guard included
+  char* mapped_;
   char* data_;
 };
 

@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <csignal>
 #include <cstring>
 
 #include "cuda/ptx.cuh"
+#include "emulator/shared_memory.hpp"
 #include "harness.hpp"
 
 namespace deep_a2a::emulator_test {
@@ -107,9 +109,26 @@ void run_rank(Board& board, int rank) {
   expect_equal(cudaFree(own), cudaSuccess, "cudaFree");
 }
 
+// How a process ends that reads so far behind its shared memory.
+int status_after_reading(size_t offset) {
+  const pid_t child = fork();
+  if (child == 0) {
+    const emulator::SharedMemory memory(256);
+    const volatile char* data = memory.data();
+    _exit(data[256 + offset] == 0 ? 1 : 0);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  return status;
+}
+
 }  // namespace
 
 void test_processes() {
+  const int near = status_after_reading(1023), far = status_after_reading(1024);
+  expect(WIFEXITED(near) && WEXITSTATUS(near) == 0, "a read within the margin ended with status ", near);
+  expect(WIFSIGNALED(far) && WTERMSIG(far) == SIGSEGV, "a read behind the margin ended with status ", far);
+
   void* memory = mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   auto& board = *new (memory) Board{};
   pid_t children[kRanks];
