@@ -73,6 +73,7 @@ struct Context {
 __device__ inline int warp_idx() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
 __device__ inline int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 __device__ inline int num_warps() { return static_cast<int>(blockDim.x) / kWarpThreads; }
+__device__ inline int all_warps() { return num_warps() * static_cast<int>(gridDim.x); }
 __device__ inline uint32_t lanes_below() { return (1u << lane_idx()) - 1u; }
 // Warps of the whole grid, numbered so that neighbours are on different SMs.
 __device__ inline int grid_warp_idx() {
