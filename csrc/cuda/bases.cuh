@@ -11,8 +11,8 @@ struct BasesArena {
   int32_t* expert_bases;  // [experts], where this source's rows start in the expert's group, then in its rank's rows
   int32_t* relay_rank_bases;    // [streams, ranks of the node], the same for the rank rows of a rail peer
   int32_t* relay_expert_bases;  // [streams, experts of the node], and for its expert rows
-  int32_t* expert_rows;         // [experts], of all sources
   int32_t* rank_rows;           // [ranks], rank rows that each rank receives
+  int32_t* expert_rows;         // [experts], behind them: of all sources
   int32_t* group_rows;          // [ranks], rows of `x` that each rank receives
   int32_t* received_rows;       // [ranks], rank rows that this rank receives from each
   int32_t* sent_rows;           // [ranks of the node], that it sends to each
@@ -22,9 +22,9 @@ struct BasesArena {
     expert_bases = reinterpret_cast<int32_t*>(c.arena);
     relay_rank_bases = expert_bases + (c.shape.row_per_expert() ? c.shape.num_experts : 0);
     relay_expert_bases = relay_rank_bases + num_streams(c) * c.num_locals();
-    expert_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
-    rank_rows = expert_rows + c.shape.num_experts;
-    group_rows = rank_rows + c.num_ranks();
+    rank_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
+    expert_rows = rank_rows + c.num_ranks();
+    group_rows = expert_rows + c.shape.num_experts;
     received_rows = group_rows + c.num_ranks();
     sent_rows = received_rows + c.num_ranks();
     own_offsets = sent_rows + c.num_locals();
@@ -36,61 +36,74 @@ __device__ inline CountVector counts_of(const Context& c, int source) { return c
 // All threads; false where the kernel has to be left.
 __device__ inline bool d3_wait_counts(const Context& c) {
   bool ok = true;
+#pragma unroll 1
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
     ok = ok && wait(c, c.own_word(Region::kCountsFlag, source), c.epoch, Step::kD3Bases, source);
   }
   return all_of_block(ok);
 }
 
-// The stream from this source, if it is a rail peer; else -1.
-__device__ inline int stream_from(const Context& c, int source) {
-  if (num_streams(c) == 0) return -1;
-  const Topology& topology = c.shape.topology;
-  const int node = topology.node_of(source);
-  if (node == c.own_node() || topology.local_of(source) != c.local_rank()) return -1;
-  return topology.stream_idx(c.own_node(), node);
-}
+// What one column of the count vectors, a rank or an expert, leaves behind beside its sum. Null for nothing.
+struct ColumnBases {
+  int32_t* before = nullptr;  // rows of the sources before this one
+  int32_t* relays = nullptr;  // for each stream, of the sources before its rail peer
+  int stride = 0;             // of these
 
-// Sums over the sources, experts by the first threads and ranks by the last ones, so that nobody waits for memory
-// twice. True where the headers of two ranks differ, or one has an objection of its own.
-__device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
+  __device__ ColumnBases(const Context& c, const BasesArena& arena, int column) {
+    const int ranks = c.num_ranks(), expert = column - ranks;
+    if (column < ranks) {
+      const int local = column - c.neighbour(0);
+      if (static_cast<uint32_t>(local) >= static_cast<uint32_t>(c.num_locals())) return;
+      before = c.shared.rank_bases + local;
+      relays = arena.relay_rank_bases + local;
+      stride = c.num_locals();
+    } else if (c.shape.row_per_expert()) {
+      before = arena.expert_bases + expert;
+      const int on_node = expert - c.sizes.node_first_expert;
+      if (static_cast<uint32_t>(on_node) >= static_cast<uint32_t>(c.sizes.node_num_experts)) return;
+      relays = arena.relay_expert_bases + on_node;
+      stride = c.sizes.node_num_experts;
+    }
+  }
+};
+
+// Sums over the sources, a thread for each rank and each expert.
+__device__ inline void sum_counts(const Context& c, const BasesArena& arena) {
   const int ranks = c.num_ranks();
-  for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
-    const int node_expert = expert - c.sizes.node_first_expert;
-    const bool on_node = c.shape.row_per_expert() && node_expert >= 0 && node_expert < c.sizes.node_num_experts;
-    int32_t before = 0, all = 0;
+#pragma unroll 1
+  for (int column = threadIdx.x; column < ranks + c.shape.num_experts; column += blockDim.x) {
+    const ColumnBases bases(c, arena, column);
+    const int32_t* counts = counts_of(c, 0).rank_rows + column;  // experts lie behind ranks there, too
+    int32_t before = 0, all = 0, own = 0;
+    int rail = num_streams(c) > 0 && bases.relays != nullptr ? c.local_rank() : ranks, node = 0;
 #pragma unroll 4
     for (int source = 0; source < ranks; ++source) {
-      const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).expert_rows + expert);
-      before += source < c.team.rank ? rows : 0;
-      const int stream = on_node ? stream_from(c, source) : -1;
-      if (stream >= 0) arena.relay_expert_bases[stream * c.sizes.node_num_experts + node_expert] = all;
+      const int32_t rows = ptx::ld_relaxed_sys(counts + source * (c.sizes.counts_bytes / 4));
+      if (source == c.team.rank) before = all, own = rows;
+      if (kHasNetwork && source == rail) {
+        if (node != c.own_node()) bases.relays[stream_to(c, node) * bases.stride] = all;
+        rail += c.num_locals();
+        ++node;
+      }
       all += rows;
+      if (column == c.team.rank) arena.received_rows[source] = rows;
     }
-    arena.expert_rows[expert] = all;
-    if (c.shape.row_per_expert()) arena.expert_bases[expert] = before;
+    arena.rank_rows[column] = all;
+    if (bases.before != nullptr) *bases.before = before;
+    if (column < ranks && bases.before != nullptr) arena.sent_rows[column - c.neighbour(0)] = own;
   }
+}
+
+// Whether the headers of two ranks differ, or one has an objection of its own; by the last threads.
+__device__ inline bool objects(const Context& c) {
   bool objection = false;
-  for (int rank = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x); rank < ranks; rank += blockDim.x) {
-    const CountHeader& first = *counts_of(c, 0).header;
+  const CountHeader& first = *counts_of(c, 0).header;
+#pragma unroll 1
+  for (int rank = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x); rank < c.num_ranks();
+       rank += blockDim.x) {
     const CountHeader& header = *counts_of(c, rank).header;
     objection = objection || header.tag != first.tag || header.payload_bytes != first.payload_bytes ||
                 header.scale_bytes != first.scale_bytes || header.bad_token >= 0;
-    const int local = rank - c.neighbour(0);
-    const bool on_node = local >= 0 && local < c.num_locals();
-    int32_t before = 0, all = 0;
-#pragma unroll 4
-    for (int source = 0; source < ranks; ++source) {
-      const int32_t rows = ptx::ld_relaxed_sys(counts_of(c, source).rank_rows + rank);
-      before += source < c.team.rank ? rows : 0;
-      const int stream = on_node ? stream_from(c, source) : -1;
-      if (stream >= 0) arena.relay_rank_bases[stream * c.num_locals() + local] = all;
-      all += rows;
-      if (rank == c.team.rank) arena.received_rows[source] = rows;
-      if (source == c.team.rank && on_node) arena.sent_rows[local] = rows;
-    }
-    arena.rank_rows[rank] = all;
-    if (on_node) c.shared.rank_bases[local] = before;
   }
   return objection;
 }
@@ -105,8 +118,10 @@ __device__ inline int group_rows(const Shape& s, int32_t tokens) {
 // Where each expert's group starts at its rank, added to the bases; a warp for each rank.
 __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
   const int experts = c.sizes.num_local_experts;
+#pragma unroll 1
   for (int rank = warp_idx(); rank < c.num_ranks(); rank += num_warps()) {
     int64_t start = 0;
+#pragma unroll 1
     for (int first = 0; first < experts; first += kWarpThreads) {
       const int local = first + lane_idx(), expert = rank * experts + local;
       const int rows = local < experts ? group_rows(c.shape, arena.expert_rows[expert]) : 0;
@@ -119,6 +134,7 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
         const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
         arena.expert_bases[expert] += offset;
         const int node_expert = expert - c.sizes.node_first_expert;
+#pragma unroll 1
         for (int idx = 0; idx < num_streams(c) && node_expert >= 0 && node_expert < c.sizes.node_num_experts; ++idx) {
           arena.relay_expert_bases[idx * c.sizes.node_num_experts + node_expert] += offset;
         }
@@ -134,11 +150,13 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
 // decides on the host: the same answer from the same counts.
 __device__ inline bool overflows(const Context& c, const BasesArena& arena) {
   bool overflow = false;
+#pragma unroll 1
   for (int rank = threadIdx.x; c.shape.layout != Layout::kPadded && rank < c.num_ranks(); rank += blockDim.x) {
     const int rows =
         c.shape.row_per_expert() ? max(arena.group_rows[rank], arena.rank_rows[rank]) : arena.rank_rows[rank];
     overflow = overflow || rows > c.sizes.slot_rows;
   }
+#pragma unroll 1
   for (int expert = threadIdx.x; c.shape.layout == Layout::kPadded && expert < c.shape.num_experts;
        expert += blockDim.x) {
     overflow = overflow || arena.expert_rows[expert] > c.shape.expert_capacity;
@@ -150,13 +168,16 @@ __device__ inline bool overflows(const Context& c, const BasesArena& arena) {
 __device__ inline void write_counts(const Context& c, const BasesArena& arena, int32_t* block) {
   const ReceivedCounts to = ReceivedCounts::at(c.shape, block);
   const int experts = c.sizes.num_local_experts, first = c.sizes.first_expert;
+#pragma unroll 1
   for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
     to.expert_load[expert] = arena.expert_rows[expert];
   }
+#pragma unroll 1
   for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) {
     to.rows_per_expert[expert] = arena.expert_rows[first + expert];
     if (c.shape.row_per_expert()) to.expert_offsets[expert] = arena.own_offsets[expert];
   }
+#pragma unroll 1
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
     to.rows_per_rank[source] = arena.received_rows[source];
   }
@@ -190,7 +211,8 @@ __device__ inline void report_refusal(const Context& c) {
 
 // All of D3 after the wait. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at.
 __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena) {
-  const bool objection = sum_counts(c, arena);
+  const bool objection = objects(c);
+  sum_counts(c, arena);
   __syncthreads();
   if (c.shape.row_per_expert()) {
     start_groups(c, arena);
@@ -206,17 +228,18 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
   if (refused) {
     report_refusal(c);
   } else {
-    write_counts(c, arena, t.kept.counts);
-    write_counts(c, arena, t.result.counts);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) write_counts(c, arena, i == 0 ? t.kept.counts : t.result.counts);
     const int local = static_cast<int>(threadIdx.x);
     if (local < c.num_locals()) {
       t.source.rank_bases[local] = c.shared.rank_bases[local];
       t.source.rank_rows[local] = arena.sent_rows[local];
     }
+#pragma unroll 1
     for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
       const Stream stream = stream_of(c, idx);
       t.source.stream_counts[idx] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).node_rows + stream.node);
-      if (c.shape.num_rounds() == 1) {
+      if (c.sizes.num_rounds == 1) {
         t.relay.round_rows[idx] = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
       }
     }

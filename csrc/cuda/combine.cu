@@ -39,44 +39,45 @@ __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
   return true;
 }
 
-// Steps across nodes are calls, as registers do not suffice for the loops of all of them in one function.
-#define DEEP_A2A_CALL static __device__ __attribute__((noinline))
-
-DEEP_A2A_CALL void sum_own_rows(const Context& c, const CombineTask& t) {
-  OwnRows rows(c, t);
+DEEP_A2A_CALL void sum_own_rows() {
+  const auto& frame = call_frame<CombineTask>();
+  const Context c = context_of_call(frame);
+  OwnRows rows(c, frame.task);
   add_all(rows, row_bytes(c));
 }
 
-DEEP_A2A_CALL bool relay_rows(const Context& c, const CombineTask& t, int round) {
-  RelayedRows rows(c, t, round);
+DEEP_A2A_CALL bool relay_rows(int round) {
+  const auto& frame = call_frame<CombineTask>();
+  const Context c = context_of_call(frame);
+  RelayedRows rows(c, frame.task, round);
   const bool ok = add_all(rows, row_bytes(c));
   rows.count_bytes();
   return ok;
 }
 
-DEEP_A2A_CALL bool sum_tokens(const Context& c, const CombineTask& t, int round) {
-  Tokens tokens(c, t, round);
+DEEP_A2A_CALL bool sum_tokens(int round) {
+  const auto& frame = call_frame<CombineTask>();
+  const Context c = context_of_call(frame);
+  Tokens tokens(c, frame.task, round);
   const bool ok = add_all(tokens, row_bytes(c));
   if (ok) tokens.end_round();
   return ok;
 }
 
-#undef DEEP_A2A_CALL
-
 // The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
   const bool sends = t.half != Half::kReceive;
   const auto own_rows = [&] {
-    if (c.shape.row_per_expert()) sum_own_rows(c, t);
+    if (c.shape.row_per_expert()) sum_own_rows();
   };
   if (sends && !make_ready(c, t, own_rows)) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
-  const int rounds = c.shape.num_rounds();
+  const int rounds = c.sizes.num_rounds;
   bool ok = true;
-  for (int round = 0; ok && sends && round < min(rounds, kStagedRounds); ++round) ok = relay_rows(c, t, round);
+  for (int round = 0; ok && sends && round < min(rounds, kStagedRounds); ++round) ok = relay_rows(round);
   for (int round = 0; ok && t.half != Half::kSend && round < rounds; ++round) {
-    ok = sum_tokens(c, t, round);
-    if (ok && round + kStagedRounds < rounds) ok = relay_rows(c, t, round + kStagedRounds);
+    ok = sum_tokens(round);
+    if (ok && round + kStagedRounds < rounds) ok = relay_rows(round + kStagedRounds);
   }
   return all_of_block(ok);
 }
@@ -98,7 +99,7 @@ __device__ bool sum_rows(const Context& c, const CombineTask& t) {
 __global__ void __launch_bounds__(kBlockThreads, 1)
     combine_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t) {
   const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side, t.plan.part_shift));
-  begin(c, t.half);
+  begin(c, t);
   if (!sum_rows(c, t) || !last_block(c, c.control.grid.left)) return;
   if (t.half != Half::kSend) {
     if (reads_peers(c, t) && !return_rows(c, Step::kC5CreditReturned)) return;

@@ -26,7 +26,7 @@ struct Context {
         sizes(the_team.sizes),
         control(the_team.control->lanes[lane_idx]),
         shared(*reinterpret_cast<BlockShared*>(ptx::dynamic_shared())),
-        arena(ptx::dynamic_shared() + kArenaBegin),
+        arena(ptx::dynamic_shared() + arena_begin(the_team.sizes.num_nodes)),
         lane(lane_idx),
         epoch(ptx::ld_relaxed_sys(&control.epoch) + (half == Half::kReceive ? 0 : 1)),
         tag(the_tag) {}

@@ -12,14 +12,48 @@ enum class Course : int {
   kAborted   // this rank or another gave up
 };
 
+// ---- calls ---------------------------------------------------------------------------------------------------------
+
+#define DEEP_A2A_CALL static __device__ __attribute__((noinline))
+
+template <class Task>
+__device__ inline CallFrame<Task>& call_frame() {
+  return *reinterpret_cast<CallFrame<Task>*>(ptx::dynamic_shared() + kFrameBegin);
+}
+
+// All threads, before a barrier of the block. Calls begin with context_of_call().
+template <class Task>
+__device__ inline void keep_for_calls(const Context& c, const Task& t) {
+  const auto copy = [](auto& to, const auto& from) {
+    static_assert(sizeof(to) == sizeof(from) && sizeof(to) % sizeof(uint32_t) == 0);
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < sizeof(to) / sizeof(uint32_t); i += blockDim.x) {
+      reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
+    }
+  };
+  CallFrame<Task>& frame = call_frame<Task>();
+  copy(frame.team, c.team);
+  copy(frame.task, t);
+  if (threadIdx.x == 0) frame.tag = c.tag;
+}
+
+template <class Task>
+__device__ inline Context context_of_call(const CallFrame<Task>& frame) {
+  return Context(frame.team, frame.task.lane, frame.task.half, frame.tag);
+}
+
+// ---- begin and end ---------------------------------------------------------------------------------------------------
+
 // All threads. Peers that have to say who is late see that this rank has come.
-__device__ inline void begin(const Context& c, Half half) {
+template <class Task>
+__device__ inline void begin(const Context& c, const Task& t) {
   init_barriers(c.shared.barriers, kMaxBarriers);
   if (lane_idx() == 0) c.shared.rings[warp_idx()] = {};
   for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
-  for (int i = threadIdx.x; num_streams(c) > 0 && i < c.shape.num_rounds(); i += blockDim.x) c.shared.rounds[i] = 0;
+  for (int i = threadIdx.x; num_streams(c) > 0 && i < c.sizes.num_rounds; i += blockDim.x) c.shared.rounds[i] = 0;
+  if (num_streams(c) > 0) keep_for_calls(c, t);
   if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = 0;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && half != Half::kReceive) *c.own_word(Region::kProgress, 0) = c.epoch;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && t.half != Half::kReceive) *c.own_word(Region::kProgress, 0) = c.epoch;
   __syncthreads();
 }
 

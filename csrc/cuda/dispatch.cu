@@ -46,6 +46,21 @@ __device__ uint32_t dispatch_tag(const DispatchTask& t, const Shape& shape) {
   return Tag::dispatch(t.args.slot, t.args.format.code | (cast_by_source ? kCastCode : 0), t.cached);
 }
 
+DEEP_A2A_CALL void send_first_rounds() {
+  const auto& frame = call_frame<DispatchTask>();
+  d4_send_first_rounds(context_of_call(frame), frame.task);
+}
+
+DEEP_A2A_CALL bool send_turn(int round, int turn) {
+  const auto& frame = call_frame<DispatchTask>();
+  return d4_send_turn(context_of_call(frame), frame.task, round, turn);
+}
+
+DEEP_A2A_CALL bool relay() {
+  const auto& frame = call_frame<DispatchTask>();
+  return d5_relay(context_of_call(frame), frame.task, send_turn);
+}
+
 // D4 to other nodes, and D2 as a relay: neither needs a base. False where the kernel has to be left.
 __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
   if constexpr (kHasNetwork) {
@@ -59,7 +74,7 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
     ptx::fence_proxy_async();  // the arena and credits, used by ordinary accesses, come before bulk copies
     if (!all_of_block(ok)) return false;
     ok = t.cached || d2_relay(c);
-    d4_send_first_rounds(c, t);
+    send_first_rounds();
     return all_of_block(ok);
   }
   return true;
@@ -135,7 +150,7 @@ template <class Beside>
 __device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
   if (t.half == Half::kReceive && !t.cached) d3_relay_bases(c, BasesArena(c, t.plan));
   beside();
-  if (!all_of_block(d5_relay(c, t))) return false;
+  if (!all_of_block(relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
     signal_node(c, Region::kRelayedFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
   }
@@ -210,7 +225,7 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
     t.source.experts[i] = -1;
   }
   for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = 0;
-  for (int i = threadIdx.x; i < num_streams(c) * c.shape.num_rounds(); i += blockDim.x) {
+  for (int i = threadIdx.x; i < num_streams(c) * c.sizes.num_rounds; i += blockDim.x) {
     t.source.round_starts[i] = t.relay.round_rows[i] = 0;
   }
   for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * num_streams(c); i += blockDim.x) {
@@ -223,7 +238,7 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
 __global__ void __launch_bounds__(kBlockThreads, 1)
     dispatch_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
   const Context c(team, t.lane, t.half, dispatch_tag(t, team.shape));
-  begin(c, t.half);
+  begin(c, t);
   Course course = Course::kGoOn;
   if (t.half != Half::kReceive) {
     course = send_half(c, t);

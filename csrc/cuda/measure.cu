@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kPieceBytes = 7168;
 constexpr int kStages = 3;
-constexpr int kSharedBytes = kArenaBegin + kWarps * kStages * kPieceBytes;
+constexpr int kSharedBytes = arena_begin(1) + kWarps * kStages * kPieceBytes;
 
 struct Peers {
   char* windows[kMaxRanksPerNode];
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   init_barriers(shared.barriers, kMaxBarriers);
   __syncthreads();
   if (lane_idx() != 0) return;
-  char* stages = ptx::dynamic_shared() + kArenaBegin + warp_idx() * kStages * kPieceBytes;
+  char* stages = ptx::dynamic_shared() + arena_begin(1) + warp_idx() * kStages * kPieceBytes;
   uint64_t* full = shared.barriers + warp_idx() * kStages;
   const int others = peers.num_ranks - 1;
   const int64_t pieces = ceil_div<int64_t>(bytes, kPieceBytes) * others, step = int64_t{kWarps} * gridDim.x;

@@ -67,7 +67,7 @@ class Tokens {
         t_(t),
         row_bytes_(c.shape.max_payload_bytes()),
         stream_row_(StreamRow::combine(c.shape, t.args.with_side)),
-        chunk_rows_(rows_per_chunk(c.shape)),
+        chunk_rows_(c.sizes.rows_per_chunk),
         round_(round),
         begin_(round * c.shape.tokens_per_round()),
         end_(min(begin_ + c.shape.tokens_per_round(), t.num_tokens)),
@@ -122,7 +122,7 @@ class Tokens {
 
   // The last warp to have summed its tokens of a round tells all relays that the round's rows have been read.
   __device__ void end_round() const {
-    if (round_ + kStagedRounds >= c_.shape.num_rounds()) return;
+    if (round_ + kStagedRounds >= c_.sizes.num_rounds) return;
     if (!last_warp(c_.shared.rounds[round_], num_warps(), c_.control.grid.rounds[round_])) return;
     for (int stream = lane_idx(); stream < num_streams(c_); stream += kWarpThreads) {
       give_chunk_credit(c_, stream, round_, 0);
@@ -134,7 +134,7 @@ class Tokens {
   // The row of its round that a token has in a stream, -1 for none.
   __device__ int row_of_round(int row, int stream) const {
     if (row < 0 || round_ == 0) return row;
-    return row - t_.source.round_starts[stream * c_.shape.num_rounds() + round_];
+    return row - t_.source.round_starts[stream * c_.sizes.num_rounds + round_];
   }
 
   __device__ bool is_own(int candidate) const {
@@ -142,7 +142,7 @@ class Tokens {
   }
   __device__ int stream_of_candidate(int candidate) const {
     const int node = candidate < c_.own_node() ? candidate : candidate - c_.num_locals() + 1;
-    return c_.shape.topology.stream_idx(c_.own_node(), node);
+    return stream_to(c_, node);
   }
 
   // What a token has with a candidate: its place there, or its row in the stream; -1 for nothing.
@@ -178,7 +178,7 @@ class Tokens {
   }
 
   __device__ float side_of_partial(int token, int expert) const {
-    const int stream = c_.shape.topology.stream_idx(c_.own_node(), expert / c_.sizes.node_num_experts);
+    const int stream = stream_to(c_, expert / c_.sizes.node_num_experts);
     const int32_t row = t_.source.stream_rows[int64_t{token} * num_streams(c_) + stream];
     const char* side =
         row_in(c_, stream, round_, row_of_round(row, stream), stream_row_.bytes) + stream_row_.side_offset;

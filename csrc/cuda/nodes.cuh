@@ -19,7 +19,7 @@ struct ChunkTasks {
   int all;       // of a round
   int together;  // that a warp takes at a time
 
-  __device__ explicit ChunkTasks(const Context& c) : all(num_streams(c) * chunks_per_round(c.shape)) {
+  __device__ explicit ChunkTasks(const Context& c) : all(num_streams(c) * c.sizes.chunks_per_round) {
     const int warps = num_warps() * static_cast<int>(gridDim.x);
     together = max(1, min(kWarpThreads, all / (4 * warps)));
   }
@@ -33,27 +33,39 @@ __device__ inline int take_turn(uint32_t& turns_taken) {
   return static_cast<int>(__shfl_sync(kFullWarp, turn, 0));
 }
 
-// Calls use(chunk) for the chunks of a turn that are put: those with rows, and with several rounds the first of each
-// stream. `rows_of(stream, idx)` is asked by a lane for each chunk there can be; where it is negative the kernel has to
-// be left, as where this is false.
-template <class RowsOf, class Use>
-__device__ bool for_chunks(const Context& c, const ChunkTasks& tasks, int round, int turn, RowsOf&& rows_of,
-                           Use&& use) {
-  const int task = turn * tasks.together + lane_idx();
-  const bool exists = lane_idx() < tasks.together && task < tasks.all;
-  const int stream = task % num_streams(c), idx = task / num_streams(c);
-  const int rows = exists ? rows_of(stream, idx) : 0;
-  if (__any_sync(kFullWarp, rows < 0)) return false;
-  __syncwarp();  // what a lane has acquired is the warp's
-  const bool put = exists && (idx * rows_per_chunk(c.shape) < rows || (idx == 0 && c.shape.num_rounds() > 1));
-  for (uint32_t left = __ballot_sync(kFullWarp, put); left != 0; left &= left - 1) {
-    const int lane = __ffs(static_cast<int>(left)) - 1;
-    const Chunk chunk = Chunk::of(c, __shfl_sync(kFullWarp, stream, lane), round, __shfl_sync(kFullWarp, idx, lane),
-                                  __shfl_sync(kFullWarp, rows, lane));
-    if (!use(chunk)) return false;
+// The chunks of a turn that are put: those with rows, and with several rounds the first of each stream.
+class TurnChunks {
+ public:
+  // `rows_of(stream, idx)` is asked by a lane for each chunk there can be: the rows of the round. Where it is negative
+  // the kernel has to be left, as where this is false.
+  template <class RowsOf>
+  __device__ bool begin(const Context& c, const ChunkTasks& tasks, int round, int turn, RowsOf&& rows_of) {
+    first_task_ = turn * tasks.together;
+    round_ = round;
+    const int task = first_task_ + lane_idx(), idx = task / num_streams(c);
+    const bool exists = lane_idx() < tasks.together && task < tasks.all;
+    rows_ = exists ? rows_of(task % num_streams(c), idx) : 0;
+    if (__any_sync(kFullWarp, rows_ < 0)) return false;
+    __syncwarp();  // what a lane has acquired is the warp's
+    const bool has_rows = idx * c.sizes.rows_per_chunk < rows_;
+    left_ = __ballot_sync(kFullWarp, exists && (has_rows || (idx == 0 && c.sizes.num_rounds > 1)));
+    return true;
   }
-  return true;
-}
+
+  __device__ bool next(const Context& c, Chunk& chunk) {
+    if (left_ == 0) return false;
+    const int lane = __ffs(static_cast<int>(left_)) - 1, task = first_task_ + lane;
+    left_ &= left_ - 1;
+    chunk = {task % num_streams(c), round_, task / num_streams(c), __shfl_sync(kFullWarp, rows_, lane)};
+    return true;
+  }
+
+ private:
+  int first_task_ = 0;
+  int round_ = 0;
+  int rows_ = 0;  // by lane
+  uint32_t left_ = 0;
+};
 
 // ---- D4, other nodes ---------------------------------------------------------------------------------------------
 
@@ -61,154 +73,226 @@ __device__ bool for_chunks(const Context& c, const ChunkTasks& tasks, int round,
 __device__ inline int rows_before_round(const Context& c, const DispatchTask& t, int stream, int round) {
   if (round == 0) return 0;
   if (round * c.shape.tokens_per_round() < t.args.num_tokens) {
-    return t.source.round_starts[stream * c.shape.num_rounds() + round];
+    return t.source.round_starts[stream * c.sizes.num_rounds + round];
   }
   if (t.cached) return t.source.stream_counts[stream];
   const CountVector own = c.counts_at(c.local_rank(), c.team.rank);
   return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
 }
 
-// Makes rows of one stream, by a warp with a ring. Scales and route entries, with their places, go along by ordinary
-// stores, for all rows before the first payload: a fence that a ring needed behind them would wait for them, row by
-// row.
+// Makes the rows of streams and puts them, by a warp with a ring, which stays full from one chunk to the next. In its
+// stage a row is what it is on its way: scales and route entries, with their places, lie behind the last piece of the
+// payload, and leave with it.
 class Packer {
  public:
-  __device__ Packer(const Context& c, const DispatchTask& t, const Stream& stream, const Chunk& chunk)
-      : c_(c),
-        t_(t),
-        stages_(c, t.plan),
-        layout_(stream_row_of(c, t)),
-        first_expert_(stream.node * c.sizes.node_num_experts),
-        num_rows_(chunk.end_row - chunk.first_row),
-        tokens_(t.source.stream_tokens + int64_t{chunk.stream} * t.args.num_tokens +
-                rows_before_round(c, t, chunk.stream, chunk.round) + chunk.first_row),
-        out_(row_out(c, stream, chunk.round, chunk.first_row, layout_.bytes)) {}
+  __device__ Packer(const Context& c, const DispatchTask& t)
+      : c_(c), t_(t), stages_(c, t.plan), layout_(stream_row_of(c, t)), copies_scales_(has_aligned_scales(t.args)) {}
 
-  __device__ void run() const {
-    if (!t_.cached) store_routes();
-    if (t_.args.scales != nullptr && !casts()) store_scales();
-    if (casts() && c_.shape.row_per_expert()) return cast_rows();
+  // next(chunk): the next one to be put; false where there is none.
+  template <class Next>
+  __device__ void run(Next&& next) {
+    if (casts() && c_.shape.row_per_expert()) {
+      while (next(chunk_)) cast_chunk();
+      return;
+    }
     move_items(
-        stages_, casts() ? Refill::kBeforeWork : Refill::kAfterStore, 0, 1, num_rows_ * t_.plan.num_chunks,
-        [&](int item, int stage) { load(item, stage); }, [&](int item, int stage) { store(item, stage); });
+        stages_, casts() ? Refill::kAtOnce : Refill::kOneLater,
+        [&](int stage, bool) {
+          while (rows_left_ == 0) {
+            if (!next(chunk_)) return false;
+            enter();
+          }
+          load(stage);
+          return true;
+        },
+        [&](int stage) { store(stage); });
+    put_stored();
   }
 
  private:
-  static constexpr int kTogether = 8;  // loads of a lane under way
+  struct Item {
+    Chunk chunk;
+    char* out;  // where its row goes
+    int piece;
+    bool ends_chunk;
+  };
+
+  static constexpr int kItemsBetween = 2;  // stores of the next chunk, before a chunk is put
+
+  __device__ static bool has_aligned_scales(const DispatchArgs& args) {
+    const auto alignment = reinterpret_cast<uintptr_t>(args.scales) | static_cast<uintptr_t>(args.scales_pitch) |
+                           static_cast<uintptr_t>(args.format.scale_bytes);
+    return args.scales != nullptr && alignment % kRowAlignment == 0;
+  }
 
   __device__ bool casts() const { return t_.args.cast != Cast::kNone; }
   __device__ int piece_bytes(int piece) const {
     const int row = casts() ? static_cast<int>(c_.shape.max_payload_bytes()) : t_.args.format.payload_bytes;
     return min(t_.plan.chunk_bytes, row - piece * t_.plan.chunk_bytes);
   }
+  __device__ bool is_last(int piece) const { return piece == t_.plan.num_chunks - 1; }
   __device__ const char* row_of(int token) const {
     return static_cast<const char*>(t_.args.x) + token * t_.args.x_pitch;
   }
+  __device__ const char* scales_of(int token) const {
+    return static_cast<const char*>(t_.args.scales) + token * t_.args.scales_pitch;
+  }
 
-  // Calls load(i, row, idx) and then store(i, row, idx) for idx < `of_row` of each row, kTogether at a time in a lane.
-  template <class Load, class Store>
-  __device__ void for_rows(int of_row, Load&& load, Store&& store) const {
-    const int all = num_rows_ * of_row;
-    for (int first = lane_idx(); first < all; first += kTogether * kWarpThreads) {
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int at = first + i * kWarpThreads;
-        if (at < all) load(i, at / of_row, at % of_row);
+  // The chunk that is loaded from here on.
+  __device__ void enter() {
+    if (chunk_.round >= kStagedRounds) ptx::fence_proxy_async_global();  // its room was waited for by ordinary loads
+    rows_left_ = chunk_.rows(c_);
+    if (rows_left_ == 0) return put_chunk(c_, chunk_, layout_.bytes);  // the first of a round, which says so
+    const Stream stream = stream_of(c_, chunk_.stream);
+    tokens_ = t_.source.stream_tokens + int64_t{chunk_.stream} * t_.args.num_tokens +
+              rows_before_round(c_, t_, chunk_.stream, chunk_.round) + chunk_.first_row(c_);
+    out_ = row_out(c_, stream, chunk_.round, chunk_.first_row(c_), layout_.bytes);
+    first_expert_ = stream.node * c_.sizes.node_num_experts;
+    row_ = 0;
+    fetch_tokens();
+    fetch_route();
+  }
+
+  // The lanes hold the tokens of 32 rows.
+  __device__ void fetch_tokens() { token_ = lane_idx() < rows_left_ ? tokens_[row_ + lane_idx()] : 0; }
+  __device__ int token() const { return __shfl_sync(kFullWarp, token_, row_ % kWarpThreads); }
+
+  // Of the lane's slot: what its route entry is made of, fetched while the row before is under way.
+  __device__ void fetch_route() {
+    const int64_t entry = int64_t{token()} * c_.shape.num_topk + lane_idx();
+    if (t_.cached || lane_idx() >= c_.shape.num_topk) return;
+    next_.expert = t_.source.experts[entry];
+    next_.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
+    next_.rank_row = t_.source.slot_places[entry];
+    next_.expert_row = c_.shape.row_per_expert() ? t_.source.expert_places[entry] : -1;
+  }
+  __device__ RouteEntry route() const {
+    const auto on_node = static_cast<uint32_t>(next_.expert - first_expert_);
+    if (on_node < static_cast<uint32_t>(c_.sizes.node_num_experts)) return next_;
+    return {-1, next_.weight, -1, -1};
+  }
+
+  __device__ void next_row() {
+    ++row_;
+    --rows_left_;
+    out_ += layout_.bytes;
+    if (rows_left_ == 0) return;
+    if (row_ % kWarpThreads == 0) fetch_tokens();
+    fetch_route();
+  }
+
+  // Behind the payload: scales, then route entries. Of a cast every piece has its scales, at a place of their own.
+  __device__ char* side_of(int stage, int piece) const {
+    return stages_.payload(stage) + (casts() ? t_.plan.side_offset : piece_bytes(piece));
+  }
+  __device__ int group_bytes() const { return t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4; }
+  __device__ int scale_bytes(int piece) const {
+    if (!casts()) return is_last(piece) ? t_.args.format.scale_span() : 0;
+    return align_up(ceil_div(piece_bytes(piece) / 2, kScaleGroupChannels) * group_bytes(), kRowAlignment);
+  }
+  __device__ int side_bytes(int piece) const {
+    return scale_bytes(piece) + (is_last(piece) ? static_cast<int>(layout_.bytes - layout_.routes_offset) : 0);
+  }
+
+  __device__ void load(int stage) {
+    const int from = token(), bytes = piece_bytes(piece_);
+    char* side = side_of(stage, piece_);
+    if (is_last(piece_)) {
+      if (t_.args.scales != nullptr && !copies_scales_) copy_bytes(side, scales_of(from), t_.args.format.scale_bytes);
+      if (!t_.cached && lane_idx() < c_.shape.num_topk) {
+        reinterpret_cast<RouteEntry*>(side + scale_bytes(piece_))[lane_idx()] = route();
       }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int at = first + i * kWarpThreads;
-        if (at < all) store(i, at / of_row, at % of_row);
-      }
+    }
+    // Before bulk stores of what has been written; after a cast, before the load.
+    if (is_last(piece_) || casts()) ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (lane_idx() == 0) {
+      stages_.item<Item>(stage) = {chunk_, out_, piece_, is_last(piece_) && rows_left_ == 1};
+      uint64_t* full = stages_.full + stage;
+      const int scales = is_last(piece_) && copies_scales_ ? t_.args.format.scale_bytes : 0;
+      ptx::mbarrier_arrive_expect_tx(full, bytes + scales);
+      ptx::bulk_load(stages_.payload(stage), row_of(from) + piece_ * t_.plan.chunk_bytes, bytes, full);
+      if (scales > 0) ptx::bulk_load(side, scales_of(from), scales, full);
+    }
+    __syncwarp();
+    if (!is_last(piece_)) {
+      ++piece_;
+    } else {
+      piece_ = 0;
+      next_row();
     }
   }
 
-  __device__ void store_routes() const {
-    RouteEntry routes[kTogether];
-    for_rows(
-        c_.shape.num_topk, [&](int i, int row, int slot) { routes[i] = route_of(tokens_[row], slot); },
-        [&](int i, int row, int slot) {
-          reinterpret_cast<RouteEntry*>(out_ + row * layout_.bytes + layout_.routes_offset)[slot] = routes[i];
-        });
-  }
-
-  __device__ RouteEntry route_of(int token, int slot) const {
-    const int64_t entry = int64_t{token} * c_.shape.num_topk + slot;
-    RouteEntry route;
-    route.expert = t_.source.experts[entry];
-    route.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
-    route.rank_row = t_.source.slot_places[entry];
-    route.expert_row = c_.shape.row_per_expert() ? t_.source.expert_places[entry] : -1;
-    const auto on_node = static_cast<uint32_t>(route.expert - first_expert_);
-    if (on_node < static_cast<uint32_t>(c_.sizes.node_num_experts)) return route;
-    return {-1, route.weight, -1, -1};
-  }
-
-  // As they lie at the caller.
-  __device__ void store_scales() const {
-    const auto* scales = static_cast<const char*>(t_.args.scales);
-    const auto alignment = reinterpret_cast<uintptr_t>(scales) | static_cast<uintptr_t>(t_.args.scales_pitch) |
-                           static_cast<uintptr_t>(t_.args.format.scale_bytes);
-    if (alignment % sizeof(uint4) == 0) return store_scale_pieces<uint4>(scales);
-    if (alignment % sizeof(uint32_t) == 0) return store_scale_pieces<uint32_t>(scales);
-    store_scale_pieces<uint8_t>(scales);
-  }
-  template <class Piece>
-  __device__ void store_scale_pieces(const char* scales) const {
-    Piece pieces[kTogether];
-    for_rows(
-        t_.args.format.scale_bytes / static_cast<int>(sizeof(Piece)),
-        [&](int i, int row, int idx) {
-          pieces[i] = reinterpret_cast<const Piece*>(scales + tokens_[row] * t_.args.scales_pitch)[idx];
-        },
-        [&](int i, int row, int idx) {
-          reinterpret_cast<Piece*>(out_ + row * layout_.bytes + layout_.side_offset)[idx] = pieces[i];
-        });
-  }
-
-  __device__ void load(int item, int stage) const {
-    const int piece = item % t_.plan.num_chunks;
-    if (casts()) ptx::fence_proxy_async_shared();  // it has read and written what the load overwrites
-    __syncwarp();
-    if (lane_idx() != 0) return;
-    ptx::mbarrier_arrive_expect_tx(stages_.full + stage, piece_bytes(piece));
-    ptx::bulk_load(stages_.payload(stage), row_of(tokens_[item / t_.plan.num_chunks]) + piece * t_.plan.chunk_bytes,
-                   piece_bytes(piece), stages_.full + stage);
-  }
-
-  __device__ void store(int item, int stage) const {
-    char* out = out_ + item / t_.plan.num_chunks * layout_.bytes;
-    const int piece = item % t_.plan.num_chunks;
-    int payload = piece_bytes(piece), payload_offset = piece * t_.plan.chunk_bytes;
+  __device__ void store(int stage) {
+    const Item item = stages_.item<Item>(stage);
+    const int side = side_bytes(item.piece);
+    int payload = piece_bytes(item.piece), offset = item.piece * t_.plan.chunk_bytes;
     if (casts()) {
-      const int group_bytes = t_.args.scale_format == ScaleFormat::kUE8M0 ? 1 : 4;
-      char* scales = out + layout_.side_offset + payload_offset / 2 / kScaleGroupChannels * group_bytes;
       payload /= 2;
-      payload_offset /= 2;
+      offset /= 2;
+      char* scales = side_of(stage, item.piece);
       cast_in_place(stages_.payload(stage), scales, payload, t_.args.cast, t_.args.scale_format);
       ptx::fence_proxy_async_shared();
       __syncwarp();
+      char* to = item.out + layout_.side_offset + offset / kScaleGroupChannels * group_bytes();
+      if (lane_idx() == 0) ptx::bulk_store(to, scales, side);
+    } else {
+      payload += side;
     }
-    if (lane_idx() == 0) ptx::bulk_store(out + payload_offset, stages_.payload(stage), payload);
+    if (lane_idx() == 0) ptx::bulk_store(item.out + offset, stages_.payload(stage), payload);
+    // The chunk before this one is put when its stores have had time to complete.
+    if (since_stored_ >= 0 && ++since_stored_ == kItemsBetween) {
+      ptx::bulk_wait<kItemsBetween - 1>();
+      put(stored_);
+    }
+    if (!item.ends_chunk) return;
+    put_stored();
+    stored_ = item.chunk;
+    since_stored_ = 0;
+  }
+
+  __device__ void put_stored() {
+    if (since_stored_ < 0) return;
+    ptx::bulk_wait<0>();
+    put(stored_);
+  }
+  __device__ void put(const Chunk& chunk) {
+    __syncwarp();
+    put_chunk(c_, chunk, layout_.bytes);
+    since_stored_ = -1;
   }
 
   // Where rows are pulled the rings are for rows that are FP8 already.
-  __device__ void cast_rows() const {
-    for (int row = 0; row < num_rows_; ++row) {
-      char* out = out_ + row * layout_.bytes;
-      cast_row(row_of(tokens_[row]), out, out + layout_.side_offset, c_.shape.hidden, t_.args.cast,
-               t_.args.scale_format);
+  __device__ void cast_chunk() {
+    enter();
+    if (rows_left_ == 0) return;
+    while (rows_left_ > 0) {
+      cast_row(row_of(token()), out_, out_ + layout_.side_offset, c_.shape.hidden, t_.args.cast, t_.args.scale_format);
+      if (!t_.cached && lane_idx() < c_.shape.num_topk) {
+        reinterpret_cast<RouteEntry*>(out_ + layout_.routes_offset)[lane_idx()] = route();
+      }
+      next_row();
     }
+    put(chunk_);
   }
 
   const Context& c_;
   const DispatchTask& t_;
   const Stages stages_;
   const StreamRow layout_;
-  const int first_expert_;  // of the node
-  const int num_rows_;
-  const int32_t* const tokens_;  // of the rows
-  char* const out_;
+  const bool copies_scales_;  // in bulk
+  // What is loaded: the chunk, its row, the piece of that.
+  Chunk chunk_{};
+  int row_ = 0;
+  int rows_left_ = 0;
+  int piece_ = 0;
+  char* out_ = nullptr;              // where the row goes
+  const int32_t* tokens_ = nullptr;  // of the chunk's rows
+  int32_t token_ = 0;                // by lane, of 32 rows
+  int first_expert_ = 0;             // of the node
+  RouteEntry next_{-1, 0.0f, -1, -1};
+  Chunk stored_{};         // that is to be put
+  int since_stored_ = -1;  // items that have been stored behind it; negative where there is none
 };
 
 __device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int stream, int round) {
@@ -219,7 +303,7 @@ __device__ inline int rows_of_round(const Context& c, const DispatchTask& t, int
 // that none is on its way when the next is given for the same word. False where the kernel has to be left.
 __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int stream, int round, int idx) {
   const auto is_put = [&](int of_round) {
-    return idx == 0 || idx * rows_per_chunk(c.shape) < rows_of_round(c, t, stream, of_round);
+    return idx == 0 || idx * c.sizes.rows_per_chunk < rows_of_round(c, t, stream, of_round);
   };
   for (int before = round - kStagedRounds; before >= 0; before -= kStagedRounds) {
     if (is_put(before)) return wait_chunk_credit(c, stream, before, idx, Step::kD4SendNodes);
@@ -228,36 +312,32 @@ __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int
   return true;
 }
 
-// A call of its own, for the sake of registers.
-static __device__ __attribute__((noinline)) void d4_send_chunk(const Context& c, const DispatchTask& t,
-                                                               const Chunk& chunk) {
-  const Stream stream = stream_of(c, chunk.stream);
-  if (chunk.round >= kStagedRounds) ptx::fence_proxy_async_global();  // room has been waited for by ordinary loads
-  Packer(c, t, stream, chunk).run();
-  put_chunk(c, chunk, stream_row_of(c, t).bytes);
-}
-
-__device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, const ChunkTasks& tasks, int round,
-                                    int turn) {
-  return for_chunks(
-      c, tasks, round, turn,
-      [&](int stream, int idx) {
-        return d4_wait_room(c, t, stream, round, idx) ? rows_of_round(c, t, stream, round) : -1;
-      },
-      [&](const Chunk& chunk) {
-        d4_send_chunk(c, t, chunk);
-        return true;
-      });
+// One turn of a round that waits for its room.
+__device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, int round, int turn) {
+  const ChunkTasks tasks(c);
+  TurnChunks chunks;
+  const auto rows_of = [&](int stream, int idx) {
+    return d4_wait_room(c, t, stream, round, idx) ? rows_of_round(c, t, stream, round) : -1;
+  };
+  if (!chunks.begin(c, tasks, round, turn, rows_of)) return false;
+  Packer(c, t).run([&](Chunk& chunk) { return chunks.next(c, chunk); });
+  return true;
 }
 
 // The rounds that have room at once. The warps with rings share the work.
 __device__ inline void d4_send_first_rounds(const Context& c, const DispatchTask& t) {
   if (warp_idx() >= t.plan.move_warps) return;
   const ChunkTasks tasks(c);
-  const int turns = tasks.turns(), all = turns * min(kStagedRounds, c.shape.num_rounds());
-  for (int turn = take_turn(c.control.grid.packed_chunks); turn < all; turn = take_turn(c.control.grid.packed_chunks)) {
-    d4_send_turn(c, t, tasks, turn / turns, turn % turns);
-  }
+  const int turns = tasks.turns(), all = turns * min(kStagedRounds, c.sizes.num_rounds);
+  TurnChunks chunks;
+  Packer(c, t).run([&](Chunk& chunk) {
+    while (!chunks.next(c, chunk)) {
+      const int turn = take_turn(c.control.grid.packed_chunks), round = turn / turns;
+      if (turn >= all) return false;
+      chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return rows_of_round(c, t, stream, round); });
+    }
+    return true;
+  });
 }
 
 // ---- D2, as a relay ----------------------------------------------------------------------------------------------

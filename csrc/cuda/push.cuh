@@ -36,8 +36,8 @@ class Pusher {
     const int first = warp_idx() < t_.plan.push_warps ? grid_warp_idx() : num_items;
     const int step = t_.plan.push_warps * static_cast<int>(gridDim.x);
     next_ = fetch(first);
-    move_items(
-        stages_, casts() ? Refill::kBeforeWork : Refill::kAfterStore, first, step, num_items,
+    move_every(
+        stages_, casts() ? Refill::kAtOnce : Refill::kOneLater, first, step, num_items,
         [&](int item, int stage) {
           load(next_, item, stage);
           next_ = fetch(item + step);

@@ -11,11 +11,11 @@ __device__ inline bool drain_streams(const Context& c) {
   const int idx = stream_of_thread(c);
   if (idx < 0) return true;
   const Stream stream = stream_of(c, idx);
-  const int rounds = c.shape.num_rounds();
+  const int rounds = c.sizes.num_rounds;
   int rows = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
   bool ok = true;
   for (int round = 0; round < min(rounds, kStagedRounds); ++round) {
-    for (int chunk = 0; ok && (chunk * rows_per_chunk(c.shape) < rows || (rounds > 1 && chunk == 0)); ++chunk) {
+    for (int chunk = 0; ok && (chunk * c.sizes.rows_per_chunk < rows || (rounds > 1 && chunk == 0)); ++chunk) {
       const uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, idx, round, chunk));
       ok = wait_epoch(c, word, Step::kD5Relay, stream.peer);
       if (ok && rounds > 1) rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
@@ -24,7 +24,8 @@ __device__ inline bool drain_streams(const Context& c) {
   return ok;
 }
 
-// One warp of a relay at work, with a ring.
+// One warp of a relay at work, with a ring. A piece of a row comes into a stage together with the row's scales, if it is
+// the last; route entries are loaded by the lanes, a row ahead.
 class Relay {
  public:
   __device__ Relay(const Context& c, const DispatchTask& t, const BasesArena& bases)
@@ -33,18 +34,12 @@ class Relay {
         bases_(bases),
         stages_(c, t.plan),
         layout_(stream_row_of(c, t)),
-        format_(t.args.format),
-        cached_(t.cached),
-        num_pieces_(ceil_div(t.args.format.payload_bytes, t.plan.chunk_bytes)) {
-    if (lane_idx() >= c.num_locals()) return;
-    rows_ = c.region(lane_idx(), Region::kRecvRows, t.args.slot);
-    scales_ = c.region(lane_idx(), Region::kRecvScales, t.args.slot);
-    records_ = c.region(lane_idx(), Region::kRecvRoutes, t.args.slot);
-  }
+        last_piece_(ceil_div(t.args.format.payload_bytes, t.plan.chunk_bytes) - 1),
+        window_(c.team.windows[min(lane_idx(), c.num_locals() - 1)]) {}
 
   // How many rows a round of a stream has; negative where the kernel has to be left. One lane.
   __device__ int round_rows(int stream, int round) const {
-    const int rounds = c_.shape.num_rounds();
+    const int rounds = c_.sizes.num_rounds;
     int32_t& kept = t_.relay.round_rows[stream * rounds + round];
     if (t_.cached) return kept;
     if (rounds == 1) return ptx::ld_relaxed_sys(counts_of(c_, stream_of(c_, stream).peer).node_rows + c_.own_node());
@@ -54,26 +49,21 @@ class Relay {
     return rows;
   }
 
-  // False where the kernel has to be left.
-  __device__ bool chunk(const Chunk& chunk) {
-    bool ok = true;
-    int round_rows = 0;
-    if (lane_idx() == 0) ok = wait_chunk(c_, chunk.stream, chunk.round, chunk.idx, Step::kD5Relay, round_rows);
-    if (!__all_sync(kFullWarp, ok)) return false;
-    __syncwarp();
-    ptx::fence_proxy_async_global();  // acquired by an ordinary load, read by bulk loads
-    for (int row = chunk.first_row; row < chunk.end_row; row += rows_together()) store_side(chunk, row);
-    __syncwarp();
-    next_ = final_route(chunk, chunk.first_row, lane_idx());
+  // The chunks that next(chunk) gives, until it gives none. False where the kernel has to be left.
+  template <class Next>
+  __device__ bool run(Next&& next) {
     move_items(
-        stages_, Refill::kAfterStore, 0, 1, (chunk.end_row - chunk.first_row) * num_pieces_,
-        [&](int item, int stage) {
-          load(chunk, item, stage);
-          next_ = final_route(chunk, chunk.first_row + (item + 1) / num_pieces_, lane_idx());
+        stages_, Refill::kOneLater,
+        [&](int stage, bool waits) {
+          while (rows_left_ == 0) {
+            if (!has_come(next, waits)) return false;
+            enter();
+          }
+          load(stage);
+          return true;
         },
-        [&](int item, int stage) { store(item, stage); });
-    if (lane_idx() == 0) give_chunk_credit(c_, chunk.stream, chunk.round, chunk.idx);
-    return true;
+        [&](int stage) { store(stage); });
+    return ok_;
   }
 
   // Once at the end: what went to other ranks of the node.
@@ -83,72 +73,118 @@ class Relay {
   }
 
  private:
+  struct Item {
+    Chunk chunk;
+    int piece;
+    bool ends_chunk;
+  };
+
   __device__ static char* of_lane(char* pointer, int lane) {
     return reinterpret_cast<char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(pointer), lane));
   }
 
   __device__ int piece_bytes(int piece) const {
-    return min(t_.plan.chunk_bytes, format_.payload_bytes - piece * t_.plan.chunk_bytes);
+    return min(t_.plan.chunk_bytes, t_.args.format.payload_bytes - piece * t_.plan.chunk_bytes);
+  }
+  __device__ int scale_bytes(int piece) const { return piece == last_piece_ ? t_.args.format.scale_span() : 0; }
+
+  // Whether there is a next chunk, and it has arrived. With items under way nobody waits for it: they come first.
+  template <class Next>
+  __device__ bool has_come(Next&& next, bool waits) {
+    if (!ok_) return false;
+    if (!is_coming_) is_coming_ = next(chunk_);
+    if (!is_coming_) return false;
+    bool here = true;
+    if (lane_idx() == 0) {
+      int round_rows = 0;
+      here = (waits || chunk_is_here(c_, chunk_.stream, chunk_.round, chunk_.idx)) &&
+             wait_chunk(c_, chunk_.stream, chunk_.round, chunk_.idx, Step::kD5Relay, round_rows);
+      if (here) ptx::fence_proxy_async_global();  // acquired by an ordinary load, read by bulk loads
+    }
+    here = __all_sync(kFullWarp, here) != 0;
+    __syncwarp();
+    is_coming_ = !here;
+    ok_ = here || !waits;
+    return here;
   }
 
-  // ---- what goes along with payloads: for all rows of a chunk before the first of these, as in Packer
-
-  // That the lanes hold at once, a lane for each slot.
-  static constexpr int kMostTogether = 4;
-  __device__ int rows_together() const { return min(kWarpThreads / c_.shape.num_topk, kMostTogether); }
-
-  // From the handle, where it has been kept; lanes behind the top-k slots have none.
-  __device__ RouteEntry final_route(const Chunk& chunk, int row, int slot) const {
-    if (row >= chunk.end_row || slot >= c_.shape.num_topk) return {-1, 0.0f, -1, -1};
-    return t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[slot];
+  // The chunk that is loaded from here on.
+  __device__ void enter() {
+    rows_left_ = chunk_.rows(c_);
+    if (rows_left_ == 0) return give_credit(chunk_);
+    const int row = chunk_.first_row(c_);
+    from_ = row_in(c_, chunk_.stream, chunk_.round, row, layout_.bytes);
+    kept_ = t_.relay.routes_of(c_.team, chunk_.stream, chunk_.round, row);
+    fetch_route();
+  }
+  __device__ void give_credit(const Chunk& chunk) const {
+    if (lane_idx() == 0) give_chunk_credit(c_, chunk.stream, chunk.round, chunk.idx);
   }
 
-  // As it came, made final, and kept.
-  __device__ RouteEntry make_final(const Chunk& chunk, int row, int slot) const {
-    if (row >= chunk.end_row) return {-1, 0.0f, -1, -1};
-    const char* from = row_in(c_, chunk.stream, chunk.round, row, layout_.bytes) + layout_.routes_offset;
-    RouteEntry route = reinterpret_cast<const RouteEntry*>(from)[slot];
+  // Of the lane's slot: as it came, or from the handle.
+  __device__ void fetch_route() {
+    const auto* came = reinterpret_cast<const RouteEntry*>(from_ + layout_.routes_offset);
+    if (lane_idx() < c_.shape.num_topk) next_ = (t_.cached ? kept_ : came)[lane_idx()];
+  }
+
+  // The fetched one made final, and kept.
+  __device__ RouteEntry final_route() const {
+    RouteEntry route = next_;
+    if (t_.cached || lane_idx() >= c_.shape.num_topk) return route;
     if (route.expert >= 0) {
       const int node_expert = route.expert - c_.sizes.node_first_expert;
-      route.rank_row += bases_.relay_rank_bases[chunk.stream * c_.num_locals() + c_.local_of_expert(route.expert)];
+      route.rank_row += bases_.relay_rank_bases[chunk_.stream * c_.num_locals() + c_.local_of_expert(route.expert)];
       if (c_.shape.row_per_expert()) {
-        route.expert_row += bases_.relay_expert_bases[chunk.stream * c_.sizes.node_num_experts + node_expert];
+        route.expert_row += bases_.relay_expert_bases[chunk_.stream * c_.sizes.node_num_experts + node_expert];
       }
     }
-    t_.relay.routes_of(c_.shape, chunk.stream, chunk.round, row)[slot] = route;
+    if (piece_ == 0) kept_[lane_idx()] = route;
     return route;
   }
 
-  // Loads are issued for all rows before one is waited for.
-  __device__ void store_side(const Chunk& chunk, int first) {
-    const int topk = c_.shape.num_topk, row = first + lane_idx() / topk, slot = lane_idx() % topk;
-    uint4 scales[kMostTogether];  // the first 512 bytes, which is mostly all of them
-#pragma unroll
-    for (int i = 0; i < kMostTogether; ++i) {
-      scales[i] = make_uint4(0, 0, 0, 0);
-      if (lane_idx() * 16 < format_.scale_span() && first + i < chunk.end_row) {
-        scales[i] = *reinterpret_cast<const uint4*>(side_of(chunk, first + i) + lane_idx() * 16);
-      }
+  // In a stage scales lie behind the last piece, as they do in the stream.
+  __device__ void load(int stage) {
+    const bool is_last = piece_ == last_piece_;
+    const RouteEntry route = final_route();
+    if (lane_idx() < c_.shape.num_topk) reinterpret_cast<RouteEntry*>(stages_.record(stage))[lane_idx()] = route;
+    if (lane_idx() == 0) {
+      stages_.item<Item>(stage) = {chunk_, piece_, is_last && rows_left_ == 1};
+      const int bytes = piece_bytes(piece_) + scale_bytes(piece_);
+      ptx::mbarrier_arrive_expect_tx(stages_.full + stage, bytes);
+      ptx::bulk_load(stages_.payload(stage), from_ + piece_ * t_.plan.chunk_bytes, bytes, stages_.full + stage);
     }
-    RouteEntry mine{-1, 0.0f, -1, -1};
-    if (lane_idx() < rows_together() * topk) {
-      mine = cached_ ? final_route(chunk, row, slot) : make_final(chunk, row, slot);
+    __syncwarp();
+    if (!is_last) {
+      ++piece_;
+      return;
     }
-#pragma unroll
-    for (int i = 0; i < kMostTogether; ++i) {
-      if (i >= rows_together() || first + i >= chunk.end_row) break;
-      const int from = min(i * topk + lane_idx(), kWarpThreads - 1);
-      RouteEntry route{__shfl_sync(kFullWarp, mine.expert, from), __shfl_sync(kFullWarp, mine.weight, from),
-                       __shfl_sync(kFullWarp, mine.rank_row, from), __shfl_sync(kFullWarp, mine.expert_row, from)};
-      if (lane_idx() >= topk) route = {-1, 0.0f, -1, -1};
-      const Target target = target_of(route);
-      if (format_.scale_span() > 0) store_scales(side_of(chunk, first + i), scales[i], target);
-      if (!cached_) store_records(route, target.rank_row, __ballot_sync(kFullWarp, target.rank_row >= 0));
-    }
+    piece_ = 0;
+    from_ += layout_.bytes;
+    kept_ += c_.shape.num_topk;
+    if (--rows_left_ > 0) fetch_route();
   }
 
-  __device__ const char* side_of(const Chunk& chunk, int row) const {
-    return row_in(c_, chunk.stream, chunk.round, row, layout_.bytes) + layout_.side_offset;
+  __device__ void store(int stage) {
+    const Item item = stages_.item<Item>(stage);
+    const int bytes = piece_bytes(item.piece), scales = scale_bytes(item.piece);
+    RouteEntry route{-1, 0.0f, -1, -1};
+    if (lane_idx() < c_.shape.num_topk) route = reinterpret_cast<const RouteEntry*>(stages_.record(stage))[lane_idx()];
+    const Target target = target_of(route);
+    char* window = of_lane(window_, max(target.local, 0));
+    if (target.local >= 0) {
+      const int64_t rows = c_.team.layout.offset(Region::kRecvRows, t_.args.slot) + item.piece * t_.plan.chunk_bytes;
+      ptx::bulk_store(window + rows + int64_t{target.row} * t_.args.format.payload_bytes, stages_.payload(stage),
+                      bytes);
+      if (scales > 0) {
+        const int64_t first = c_.team.layout.offset(Region::kRecvScales, t_.args.slot);
+        ptx::bulk_store(window + first + int64_t{target.row} * t_.args.format.scale_pitch(),
+                        stages_.payload(stage) + bytes, scales);
+      }
+    }
+    const uint32_t others = __ballot_sync(kFullWarp, target.local >= 0 && target.local != c_.local_rank());
+    to_others_ += int64_t{__popc(others)} * (bytes + scales);
+    if (item.piece == 0 && !t_.cached) store_records(route, target.rank_row);
+    if (item.ends_chunk) give_credit(item.chunk);  // all loads of it are complete
   }
 
   // By lane: where a row of `x` goes to, a rank of the node (-1: nowhere) and the row there; and the rank row at the
@@ -162,6 +198,7 @@ class Relay {
   __device__ Target target_of(const RouteEntry& route) const {
     const int local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
     int32_t rank_row = -1;
+#pragma unroll 4
     for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
       const int32_t there = __shfl_sync(kFullWarp, route.rank_row, slot);
       if (__shfl_sync(kFullWarp, local, slot) == lane_idx()) rank_row = there;
@@ -170,56 +207,15 @@ class Relay {
     return {rank_row >= 0 ? lane_idx() : -1, rank_row, rank_row};
   }
 
-  __device__ void store_scales(const char* from, uint4 value, const Target& target) {
-    char* to = of_lane(scales_, max(target.local, 0)) + int64_t{target.row} * format_.scale_pitch();
-    const uint32_t targets = __ballot_sync(kFullWarp, target.local >= 0);
-    const int span = format_.scale_span();
-    for (int offset = lane_idx() * 16; offset - lane_idx() * 16 < span; offset += kWarpThreads * 16) {
-      if (offset >= kWarpThreads * 16 && offset < span) value = *reinterpret_cast<const uint4*>(from + offset);
-      for (uint32_t left = targets; left != 0; left &= left - 1) {
-        char* there = of_lane(to, __ffs(static_cast<int>(left)) - 1);
-        if (offset < span) *reinterpret_cast<uint4*>(there + offset) = value;
-      }
-    }
-    to_others_ += int64_t{others(target)} * span;
-  }
-  __device__ int others(const Target& target) const {
-    return __popc(__ballot_sync(kFullWarp, target.local >= 0 && target.local != c_.local_rank()));
-  }
-
-  // ---- payloads, through the ring
-
-  __device__ void load(const Chunk& chunk, int item, int stage) const {
-    const int piece = item % num_pieces_;
-    const char* from = row_in(c_, chunk.stream, chunk.round, chunk.first_row + item / num_pieces_, layout_.bytes);
-    __syncwarp();
-    if (lane_idx() < c_.shape.num_topk) reinterpret_cast<RouteEntry*>(stages_.record(stage))[lane_idx()] = next_;
-    if (lane_idx() == 0) {
-      ptx::mbarrier_arrive_expect_tx(stages_.full + stage, piece_bytes(piece));
-      ptx::bulk_load(stages_.payload(stage), from + piece * t_.plan.chunk_bytes, piece_bytes(piece),
-                     stages_.full + stage);
-    }
-    __syncwarp();
-  }
-
-  __device__ void store(int item, int stage) {
-    const int piece = item % num_pieces_;
-    RouteEntry route{-1, 0.0f, -1, -1};
-    if (lane_idx() < c_.shape.num_topk) route = reinterpret_cast<const RouteEntry*>(stages_.record(stage))[lane_idx()];
-    const Target target = target_of(route);
-    char* to = of_lane(rows_, max(target.local, 0)) + int64_t{target.row} * format_.payload_bytes;
-    if (target.local >= 0) {
-      ptx::bulk_store(to + piece * t_.plan.chunk_bytes, stages_.payload(stage), piece_bytes(piece));
-    }
-    to_others_ += int64_t{others(target)} * piece_bytes(piece);
-  }
-
-  __device__ void store_records(const RouteEntry& route, int32_t rank_row, uint32_t ranks) {
+  __device__ void store_records(const RouteEntry& route, int32_t rank_row) {
+    const uint32_t ranks = __ballot_sync(kFullWarp, rank_row >= 0);
+    const int64_t first = c_.team.layout.offset(Region::kRecvRoutes, t_.args.slot);
+#pragma unroll 1
     for (uint32_t left = ranks; left != 0; left &= left - 1) {
       const int local = __ffs(static_cast<int>(left)) - 1;
       const int64_t there = __shfl_sync(kFullWarp, rank_row, local);
-      char* records = of_lane(records_, local);
-      const RouteRecord record = RouteRecord::at(c_.shape, records + there * c_.sizes.record_bytes);
+      const RouteRecord record =
+          RouteRecord::at(c_.shape, c_.team.windows[local] + first + there * c_.sizes.record_bytes);
       if (record.from_row != nullptr && lane_idx() == 0) *record.from_row = -1;  // it is not pulled
       if (lane_idx() >= c_.shape.num_topk) continue;
       record.experts[lane_idx()] = route.expert;
@@ -234,15 +230,18 @@ class Relay {
   const BasesArena bases_;
   const Stages stages_;
   const StreamRow layout_;
-  const RowFormat format_;
-  const bool cached_;
-  const int num_pieces_;  // of a row, each in a stage
-  RouteEntry next_;       // of the lane's slot, of the row that is loaded next
-  // Of the lane's rank: where its rows of `x`, their scales, and the records start.
-  char* rows_ = nullptr;
-  char* scales_ = nullptr;
-  char* records_ = nullptr;
-  int64_t to_others_ = 0;  // bytes
+  const int last_piece_;  // of a row
+  char* const window_;    // of the lane's rank
+  // What is loaded: the chunk, which may still be awaited, and the piece of its row.
+  Chunk chunk_{};
+  bool is_coming_ = false;
+  bool ok_ = true;
+  int rows_left_ = 0;
+  int piece_ = 0;
+  const char* from_ = nullptr;
+  RouteEntry* kept_ = nullptr;
+  RouteEntry next_{-1, 0.0f, -1, -1};  // of the lane's slot
+  int64_t to_others_ = 0;              // bytes
 };
 
 // The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
@@ -254,31 +253,55 @@ __device__ inline void d3_relay_bases(const Context& c, const BasesArena& arena)
   __syncthreads();
 }
 
-// D5 of each round, and between them D4 of the rounds for which it makes room. Warps come when they have nothing else
-// to do. False where the kernel has to be left.
-static __device__ __attribute__((noinline)) bool d5_relay(const Context& c, const DispatchTask& t) {
-  if (warp_idx() >= t.plan.move_warps) return true;
-  Relay relay(c, t, BasesArena(c, t.plan));
+// D5 where all rounds have room at once, which is mostly one. False where the kernel has to be left.
+__device__ inline bool relay_all(const Context& c, Relay& relay) {
   const ChunkTasks tasks(c);
-  const int turns = tasks.turns(), rounds = c.shape.num_rounds();
+  const int turns = tasks.turns(), all = turns * c.sizes.num_rounds;
+  TurnChunks chunks;
+  bool ok = true;
+  const auto next = [&](Chunk& chunk) {
+    while (ok && !chunks.next(c, chunk)) {
+      const int turn = take_turn(c.control.grid.moved_chunks), round = turn / turns;
+      if (turn >= all) return false;
+      ok = chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
+    }
+    return ok;
+  };
+  return relay.run(next) && ok;
+}
+
+// D5 of each round, and between them D4 of the rounds for which it makes room, by send_turn(round, turn).
+template <class SendTurn>
+__device__ bool relay_rounds(const Context& c, Relay& relay, SendTurn&& send_turn) {
+  const ChunkTasks tasks(c);
+  const int turns = tasks.turns(), rounds = c.sizes.num_rounds;
   // While rounds are left to be sent, every round has as many turns for D4 as for D5.
-  const int both = 2 * turns * max(rounds - kStagedRounds, 0), all = both + turns * min(rounds, kStagedRounds);
+  const int both = 2 * turns * (rounds - kStagedRounds), all = both + turns * kStagedRounds;
   for (int turn = take_turn(c.control.grid.moved_chunks); turn < all; turn = take_turn(c.control.grid.moved_chunks)) {
     const int kind = turn / turns;  // rounds, those with both twice
     const bool in_both = turn < both;
     const int round = in_both ? kind / 2 : kind - both / turns / 2;
     bool ok = true;
     if (in_both && kind % 2 == 1) {
-      ok = d4_send_turn(c, t, tasks, round + kStagedRounds, turn % turns);
+      ok = send_turn(round + kStagedRounds, turn % turns);
     } else {
-      ok = for_chunks(
-          c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); },
-          [&](const Chunk& chunk) { return relay.chunk(chunk); });
+      TurnChunks chunks;
+      ok = chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
+      ok = ok && relay.run([&](Chunk& chunk) { return chunks.next(c, chunk); });
     }
     if (!ok) return false;
   }
-  relay.count_bytes();
   return true;
+}
+
+// D5. Warps come when they have nothing else to do. False where the kernel has to be left.
+template <class SendTurn>
+__device__ bool d5_relay(const Context& c, const DispatchTask& t, SendTurn&& send_turn) {
+  if (warp_idx() >= t.plan.move_warps) return true;
+  Relay relay(c, t, BasesArena(c, t.plan));
+  const bool ok = c.sizes.num_rounds > kStagedRounds ? relay_rounds(c, relay, send_turn) : relay_all(c, relay);
+  relay.count_bytes();
+  return ok;
 }
 
 }  // namespace deep_a2a::cuda

@@ -24,7 +24,7 @@ class RelayedRows {
         t_(t),
         stream_row_(StreamRow::combine(c.shape, t.args.with_side)),
         round_(round),
-        chunk_rows_(rows_per_chunk(c.shape)),
+        chunk_rows_(c.sizes.rows_per_chunk),
         taken_(grid_warp_idx() - all_warps()) {
     if (lane_idx() < c.num_locals()) peer_rows_ = c.region(lane_idx(), Region::kCombineRows, c.lane);
   }
@@ -33,12 +33,12 @@ class RelayedRows {
     bool ends_empty = false;
     while (row_ >= end_row_ && !ends_empty) {
       if (!take_chunk()) return false;
-      ends_empty = row_ >= end_row_ && row_ == 0 && c_.shape.num_rounds() > 1;  // of no row: for its credit
+      ends_empty = row_ >= end_row_ && row_ == 0 && c_.sizes.num_rounds > 1;  // of no row: for its credit
     }
     fetched = {taken_, row_, end_row_, -1, -1};
     if (ends_empty) return true;
     if (lane_idx() < c_.shape.num_topk) {
-      const RouteEntry route = t_.relay.routes_of(c_.shape, stream_idx(taken_), round_, row_)[lane_idx()];
+      const RouteEntry route = t_.relay.routes_of(c_.team, stream_idx(taken_), round_, row_)[lane_idx()];
       fetched.local = route.expert >= 0 ? c_.local_of_expert(route.expert) : -1;
       fetched.rank_row = route.rank_row;
     }
@@ -79,15 +79,15 @@ class RelayedRows {
   __device__ int stream_idx(int chunk) const { return chunk % num_streams(c_); }
   __device__ Chunk chunk_at(int chunk) const {
     const int stream = stream_idx(chunk);
-    const int round_rows = t_.relay.round_rows[stream * c_.shape.num_rounds() + round_];
-    return Chunk::of(c_, stream, round_, chunk / num_streams(c_), round_rows);
+    const int round_rows = t_.relay.round_rows[stream * c_.sizes.num_rounds + round_];
+    return {stream, round_, chunk / num_streams(c_), round_rows};
   }
   __device__ bool take_chunk() {
     taken_ += all_warps();
-    if (taken_ >= num_streams(c_) * chunks_per_round(c_.shape)) return false;
+    if (taken_ >= num_streams(c_) * c_.sizes.chunks_per_round) return false;
     const Chunk chunk = chunk_at(taken_);
-    row_ = chunk.first_row;
-    end_row_ = chunk.end_row;
+    row_ = chunk.first_row(c_);
+    end_row_ = row_ + chunk.rows(c_);
     return true;
   }
 

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/team.hpp"
-#include "cuda/tuning.hpp"
+#include "cuda/task.hpp"
 
 namespace deep_a2a::cuda {
 
@@ -37,7 +36,22 @@ struct BlockShared {
   uint32_t pushed;                 // warps that have pushed all their rows
 };
 
+// A kernel's parameters, for calls: what these take by reference would else lie behind the first-level cache, which every
+// acquire drops. Only with several nodes, where registers do not suffice for all steps in one function.
+template <class Task>
+struct CallFrame {
+  Team team;
+  Task task;
+  uint32_t tag;
+};
+constexpr int kFrameBegin = align_up<int>(sizeof(BlockShared), 16);
+constexpr int kFrameBytes = static_cast<int>(sizeof(CallFrame<DispatchTask>) > sizeof(CallFrame<CombineTask>)
+                                                 ? sizeof(CallFrame<DispatchTask>)
+                                                 : sizeof(CallFrame<CombineTask>));
+
 // The arena follows: one phase of a kernel uses it after another.
-constexpr int kArenaBegin = align_up<int>(sizeof(BlockShared), 128);
+DEEP_A2A_HOST_DEVICE constexpr int arena_begin(int num_nodes) {
+  return align_up<int>(num_nodes > 1 ? kFrameBegin + kFrameBytes : static_cast<int>(sizeof(BlockShared)), 128);
+}
 
 }  // namespace deep_a2a::cuda

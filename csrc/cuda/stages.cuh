@@ -26,6 +26,12 @@ struct Stages {
     if (lane_idx() < plan.num_targets) rows(stage)[lane_idx()] = row;
   }
   __device__ int32_t kept_row(int stage) const { return lane_idx() < plan.num_targets ? rows(stage)[lane_idx()] : -1; }
+  // Between nodes, in the place of these rows: what the stage's item is.
+  template <class Item>
+  __device__ Item& item(int stage) const {
+    static_assert(sizeof(Item) <= kMaxItemBytes);
+    return *reinterpret_cast<Item*>(payload(stage) + plan.rows_offset);
+  }
   // What another lane has kept.
   __device__ int32_t row_of(int stage, int lane) const { return rows(stage)[lane]; }
 
@@ -33,45 +39,65 @@ struct Stages {
   __device__ int32_t* rows(int stage) const { return reinterpret_cast<int32_t*>(payload(stage) + plan.rows_offset); }
 };
 
-// When the stage of the item before gets its next load: behind the stores of an item, where these are all there is to
-// do, or before an item is worked on, so that the load is under way meanwhile.
-enum class Refill : int { kAfterStore, kBeforeWork };
+// How many items have been stored when the stage of the first of them is loaded again. Where an item is worked on, at
+// once: the work of the next one hides the load. Where stores are all there is to do, one later: they are then behind
+// each other without a gap.
+enum class Refill : int { kAtOnce = 1, kOneLater = 2 };
 
-// Runs one warp's items through its ring: load(item, stage) starts the loads of an item and arrives at the stage's
-// barrier once, store(item, stage) issues its stores. Returns when all of them are complete.
+// Runs one warp's items through its ring. load(stage, waits) starts the loads of the next item and arrives at the
+// stage's barrier once; false where there is no item, or, unless it `waits`, not yet. store(stage) issues the stores of
+// the item that was loaded first. Returns when there are no more items and all stores are complete.
 template <class Load, class Store>
-__device__ void move_items(const Stages& stages, Refill when, int first, int step, int num_items, Load&& load,
-                           Store&& store) {
+__device__ void move_items(const Stages& stages, Refill refill, Load&& load, Store&& store) {
   const int num_stages = stages.plan.num_stages;
   RingPosition filling = stages.at, storing = filling;
-  int next = first;
-  const auto refill = [&] {
-    if (next >= num_items) return;
-    load(next, filling.stage);
-    filling.advance(num_stages);
-    next += step;
-  };
-  for (int i = 0; i < num_stages; ++i) refill();
-  for (int item = first; item < num_items; item += step) {
-    wait_full(stages.full + storing.stage, storing.parity);
-    if (when == Refill::kBeforeWork && item != first) {
-      ptx::bulk_wait_read<0>();
-      __syncwarp();
-      refill();
+  int room = num_stages, loaded = 0, unread = 0;
+  while (true) {
+#pragma unroll 1
+    while (room > 0 && load(filling.stage, loaded == 0)) {
+      filling.advance(num_stages);
+      --room;
+      ++loaded;
     }
-    store(item, storing.stage);
+    if (loaded == 0) break;
+    wait_full(stages.full + storing.stage, storing.parity);
+    store(storing.stage);
     ptx::bulk_commit();
     storing.advance(num_stages);
-    if (when == Refill::kAfterStore && item != first) {
+    --loaded;
+    if (++unread < static_cast<int>(refill)) continue;
+    if (refill == Refill::kAtOnce) {
+      ptx::bulk_wait_read<0>();
+    } else {
       ptx::bulk_wait_read<1>();
-      __syncwarp();
-      refill();
     }
+    __syncwarp();
+    --unread;
+    ++room;
   }
   ptx::bulk_wait<0>();
   __syncwarp();
   stages.at = storing;
   __syncwarp();
+}
+
+// The same for the items `first`, `first + step` and so on below `end`: load(item, stage), store(item, stage).
+template <class Load, class Store>
+__device__ void move_every(const Stages& stages, Refill refill, int first, int step, int end, Load&& load,
+                           Store&& store) {
+  int loading = first, storing = first;
+  move_items(
+      stages, refill,
+      [&](int stage, bool) {
+        if (loading >= end) return false;
+        load(loading, stage);
+        loading += step;
+        return true;
+      },
+      [&](int stage) {
+        store(storing, stage);
+        storing += step;
+      });
 }
 
 // A few bytes, by a warp; 4 at a time where the source allows it.

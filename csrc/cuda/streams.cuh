@@ -18,14 +18,22 @@ struct Stream {
 
 __device__ inline int num_streams(const Context& c) { return kHasNetwork ? c.sizes.num_nodes - 1 : 0; }
 
+// As Topology::stream_idx and stream_node, without division.
+__device__ inline int stream_to(const Context& c, int node) {
+  const int ahead = node - c.own_node();
+  return (ahead > 0 ? ahead : ahead + c.sizes.num_nodes) - 1;
+}
+__device__ inline int node_of_stream(const Context& c, int idx) {
+  const int node = c.own_node() + idx + 1;
+  return node < c.sizes.num_nodes ? node : node - c.sizes.num_nodes;
+}
+
 __device__ inline Stream stream_of(const Context& c, int idx) {
-  const Topology& topology = c.shape.topology;
-  const int own = c.own_node();
-  const int node = topology.stream_node(own, idx);
+  const int node = node_of_stream(c, idx);
   return {idx,
-          topology.stream_idx(node, own),
+          c.sizes.num_nodes - 2 - idx,
           node,
-          topology.rank_of(node, c.local_rank()),
+          node * c.num_locals() + c.local_rank(),
           c.team.control->rails[node].pe,
           c.team.control->rails[node].window};
 }
@@ -36,25 +44,21 @@ struct Chunk {
   int round;
   int idx;  // among those of the round
   int round_rows;
-  int first_row;
-  int end_row;
 
-  __device__ static Chunk of(const Context& c, int stream, int round, int idx, int round_rows) {
-    const int rows = rows_per_chunk(c.shape);
-    return {stream, round, idx, round_rows, idx * rows, min((idx + 1) * rows, round_rows)};
-  }
+  __device__ int first_row(const Context& c) const { return idx * c.sizes.rows_per_chunk; }
+  __device__ int rows(const Context& c) const { return min(round_rows - first_row(c), c.sizes.rows_per_chunk); }
 };
 
 // Of a chunk's word among those of its region, at a rank that has the stream as number `stream`.
 __device__ inline int64_t chunk_word_idx(const Context& c, int stream, int round, int idx) {
-  return int64_t{stream} * max_chunks(c.shape) + round * chunks_per_round(c.shape) + idx;
+  return (int64_t{stream} * c.sizes.num_rounds + round) * c.sizes.chunks_per_round + idx;
 }
 
 // Where a row of a round lies in kNetIn or kNetOut, from the window's start.
 __device__ inline int64_t staged_offset(const Context& c, Region region, int stream, int round, int row,
                                         int64_t row_bytes) {
   return c.team.layout.offset(region, c.lane) +
-         int64_t{stream} * c.shape.staged_rows() * StreamRow::max_bytes(c.shape) +
+         int64_t{stream} * c.sizes.staged_rows * c.sizes.stream_row_bytes +
          (c.shape.first_staged_row(round) + row) * row_bytes;
 }
 
@@ -74,17 +78,17 @@ __device__ inline char* row_out(const Context& c, const Stream& stream, int roun
 __device__ inline void put_chunk(const Context& c, const Chunk& chunk, int64_t row_bytes) {
   if constexpr (kHasNetwork) {
     const Stream stream = stream_of(c, chunk.stream);
-    const int64_t bytes = (chunk.end_row - chunk.first_row) * row_bytes;
+    const int64_t bytes = chunk.rows(c) * row_bytes;
     const int64_t at = chunk_word_idx(c, stream.at_peer, chunk.round, chunk.idx);
-    const uint64_t value = Tag::word(c.epoch, c.tag, c.shape.num_rounds() > 1 ? chunk.round_rows : 0);
+    const uint64_t value = Tag::word(c.epoch, c.tag, c.sizes.num_rounds > 1 ? chunk.round_rows : 0);
     uint64_t* word = c.own_word(Region::kChunkFlag, at);
     __syncwarp();
     if (stream.window != nullptr) {
       auto* words = reinterpret_cast<uint64_t*>(stream.window + c.team.layout.offset(Region::kChunkFlag, c.lane));
       if (lane_idx() == 0) ptx::st_release_sys(words + at, value);
     } else if (bytes > 0) {
-      put_signal_warp(row_in(c, stream.at_peer, chunk.round, chunk.first_row, row_bytes),
-                      row_out(c, stream, chunk.round, chunk.first_row, row_bytes), bytes, word, value, stream.pe);
+      put_signal_warp(row_in(c, stream.at_peer, chunk.round, chunk.first_row(c), row_bytes),
+                      row_out(c, stream, chunk.round, chunk.first_row(c), row_bytes), bytes, word, value, stream.pe);
     } else if (lane_idx() == 0) {
       remote_signal(word, value, stream.pe);
     }
@@ -97,7 +101,7 @@ __device__ inline void put_chunk(const Context& c, const Chunk& chunk, int64_t r
 // after the next.
 __device__ inline void give_chunk_credit(const Context& c, int stream_idx, int round, int idx) {
   if constexpr (kHasNetwork) {
-    if (round + kStagedRounds >= c.shape.num_rounds()) return;
+    if (round + kStagedRounds >= c.sizes.num_rounds) return;
     const Stream stream = stream_of(c, stream_idx);
     remote_signal(c.own_word(Region::kChunkCredit, chunk_word_idx(c, stream.at_peer, round, idx)), c.epoch, stream.pe);
   }

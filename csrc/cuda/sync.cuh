@@ -8,11 +8,14 @@ namespace deep_a2a::cuda {
 
 constexpr int kPollsPerCheck = 64;  // of a word, before the clock and the abort word are looked at
 
+// What is hardly ever run is a call, which takes parameters of the kernel and values: so it does not lie between code
+// that is run, and nothing has to be in memory for its sake.
+#define DEEP_A2A_COLD static __device__ __attribute__((noinline))
+
 // Tests: a release comes late by up to kMostDelayNs, drawn from the seed, so that nobody can count on it being early.
 constexpr uint64_t kMostDelayNs = 20000;
-__device__ inline void delay_release(const Team& team, const uint64_t* word, uint64_t value) {
-  if (team.delay_seed == 0) return;
-  uint64_t mixed = (team.delay_seed ^ reinterpret_cast<uint64_t>(word) / sizeof(*word)) * 0x9E3779B97F4A7C15u + value;
+DEEP_A2A_COLD void delay_release(uint64_t seed, const uint64_t* word, uint64_t value) {
+  uint64_t mixed = (seed ^ reinterpret_cast<uint64_t>(word) / sizeof(*word)) * 0x9E3779B97F4A7C15u + value;
   mixed = (mixed ^ mixed >> 31) * 0xBF58476D1CE4E5B9u;
   const uint64_t start = ptx::global_timer();
   while (ptx::global_timer() - start < (mixed >> 32) % kMostDelayNs) __nanosleep(100);
@@ -20,108 +23,143 @@ __device__ inline void delay_release(const Team& team, const uint64_t* word, uin
 
 // Release: what this thread, and whoever it has synchronised with, stored before is visible to who acquires `value`.
 __device__ inline void signal(const Team& team, uint64_t* word, uint64_t value) {
-  delay_release(team, word, value);
+  if (team.delay_seed != 0) delay_release(team.delay_seed, word, value);
   ptx::st_release_sys(word, value);
 }
 
-__device__ inline uint64_t abort_word(const Context& c) {
-  const uint64_t* word = c.word(c.local_rank(), Region::kAbort, 0, 0);
+// ---- faults ----------------------------------------------------------------------------------------------------
+
+__device__ inline uint64_t abort_word(const Team& team) {
+  const auto* word = reinterpret_cast<const uint64_t*>(team.windows[team.sizes.local_rank] +
+                                                       team.layout.offset(Region::kAbort));
   return ptx::ld_relaxed_sys(word) != 0 ? ptx::ld_acquire_sys(word) : 0;
 }
 
 // One thread of the rank's kernels hands the host a record, its own or that of whoever gave up.
-__device__ inline bool claims_report(const Context& c) {
-  return ptx::atom_exch_acq_rel_gpu(&c.team.control->fault_reported, 1) == 0;
+__device__ inline bool claims_report(const Team& team) {
+  return ptx::atom_exch_acq_rel_gpu(&team.control->fault_reported, 1) == 0;
 }
 
-__device__ inline FaultRecord* fault_record(const Context& c, int local, uint64_t aborted_by) {
-  return reinterpret_cast<FaultRecord*>(c.region(local, Region::kFaults, 0)) + (aborted_by - 1);
+__device__ inline FaultRecord* fault_record(const Team& team, int local, uint64_t aborted_by) {
+  return reinterpret_cast<FaultRecord*>(team.windows[local] + team.layout.offset(Region::kFaults)) + (aborted_by - 1);
 }
 
-// The record of the own window to the rail peers, who tell their nodes: one thread for each node of theirs is enough.
-__device__ inline void tell_rail_peers(const Context& c, uint64_t aborted_by) {
+__device__ inline void tell_host(const Team& team, const FaultRecord& record, uint64_t aborted_by) {
+  const auto* from = reinterpret_cast<const uint64_t*>(&record);
+  auto* mailbox = reinterpret_cast<uint64_t*>(&team.mailbox->fault);
+  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = from[i];
+  ptx::st_release_sys(&team.mailbox->fault_set, aborted_by);
+}
+
+// Every rank of the node, and the rail peers, who tell theirs: one thread for each node of theirs is enough.
+__device__ inline void tell_peers(const Team& team, const FaultRecord& record, uint64_t aborted_by) {
+  for (int local = 0; local < team.shape.topology.ranks_per_node; ++local) {
+    *fault_record(team, local, aborted_by) = record;
+    ptx::st_release_sys(
+        reinterpret_cast<uint64_t*>(team.windows[local] + team.layout.offset(Region::kAbort)), aborted_by);
+  }
   if constexpr (kHasNetwork) {
-    FaultRecord* record = fault_record(c, c.local_rank(), aborted_by);
-    for (int idx = 0; idx < num_streams(c); ++idx) {
-      put_signal_thread(record, record, sizeof(*record), c.word(c.local_rank(), Region::kAbort, 0, 0), aborted_by,
-                        stream_of(c, idx).pe);
+    FaultRecord* own = fault_record(team, team.sizes.local_rank, aborted_by);
+    char* window = team.windows[team.sizes.local_rank];
+    auto* word = reinterpret_cast<uint64_t*>(window + team.layout.offset(Region::kAbort));
+    for (int node = 0; node < team.sizes.num_nodes; ++node) {
+      if (node == team.sizes.node) continue;
+      put_signal_thread(own, own, sizeof(*own), word, aborted_by, team.control->rails[node].pe);
     }
   }
 }
 
-__device__ inline void tell_node(const Context& c, const FaultRecord& record, uint64_t aborted_by) {
-  for (int local = 0; local < c.num_locals(); ++local) {
-    *fault_record(c, local, aborted_by) = record;
-    ptx::st_release_sys(c.word(local, Region::kAbort, 0, 0), aborted_by);
-  }
-}
-
-__device__ inline void report_fault(const Context& c, uint64_t aborted_by) {
-  if (!claims_report(c)) return;
+// Somebody else has given up.
+DEEP_A2A_COLD void report_fault(const Team& team, uint64_t aborted_by) {
+  if (!claims_report(team)) return;
   FaultRecord record;
-  const auto* from = reinterpret_cast<const uint64_t*>(fault_record(c, c.local_rank(), aborted_by));
+  const auto* from = reinterpret_cast<const uint64_t*>(fault_record(team, team.sizes.local_rank, aborted_by));
   auto* to = reinterpret_cast<uint64_t*>(&record);
-  auto* mailbox = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
-  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = to[i] = ptx::ld_relaxed_sys(from + i);
-  ptx::st_release_sys(&c.team.mailbox->fault_set, aborted_by);
-  if (num_streams(c) == 0) return;
-  tell_node(c, record, aborted_by);
-  tell_rail_peers(c, aborted_by);
+  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) to[i] = ptx::ld_relaxed_sys(from + i);
+  tell_host(team, record, aborted_by);
+  if (team.sizes.num_nodes > 1) tell_peers(team, record, aborted_by);
 }
 
-// The first thread of this rank to give up tells every rank of the node, and its rail peers; others find that it has.
-__device__ inline void give_up(const Context& c, const FaultRecord& record) {
-  if (!claims_report(c)) return;
-  const auto* from = reinterpret_cast<const uint64_t*>(&record);
-  auto* mailbox = reinterpret_cast<uint64_t*>(&c.team.mailbox->fault);
-  for (unsigned i = 0; i < sizeof(FaultRecord) / 8; ++i) mailbox[i] = from[i];
-  const uint64_t self = static_cast<uint64_t>(c.team.rank) + 1;
-  ptx::st_release_sys(&c.team.mailbox->fault_set, self);
-  tell_node(c, record, self);
-  tell_rail_peers(c, self);
+// The first thread of this rank to give up tells all others; those find that it has.
+DEEP_A2A_COLD void give_up(const Team& team, FaultRecord record) {
+  if (!claims_report(team)) return;
+  const uint64_t self = static_cast<uint64_t>(team.rank) + 1;
+  tell_host(team, record, self);
+  tell_peers(team, record, self);
 }
 
-// Polls ready() until it is true. False: this rank or another gave up, and the kernel has to be left. ready() acquires
-// nothing: an acquire drops the SM's whole first-level cache, which other warps live on. Callers acquire afterwards.
-template <class Ready, class Seen>
-__device__ bool wait_until(const Context& c, Step step, int peer, uint64_t expected, Ready&& ready, Seen&& seen) {
-  if (ready()) return true;
+// ---- waits -----------------------------------------------------------------------------------------------------
+
+// A word in the own window, of which the upper bits count, or a counter of the grid.
+struct WindowWord {
+  const uint64_t* word;
+  int shift = 0;
+
+  __device__ uint64_t seen() const { return ptx::ld_relaxed_sys(word) >> shift; }
+};
+struct GridWord {
+  const uint32_t* word;
+
+  __device__ uint64_t seen() const { return ptx::ld_relaxed_gpu(word); }
+};
+
+// Who waits, and what for.
+struct Wait {
+  Step step;
+  int peer;
+  int lane;
+  uint64_t epoch;
+  uint64_t expected;
+};
+
+// Polls until `expected` is seen. False: this rank or another gave up, and the kernel has to be left. Nothing is
+// acquired: that drops the SM's whole first-level cache, which other warps live on. Callers acquire afterwards.
+template <class Word>
+DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
   // Who waits for the own rank, or for a relay, waits for another thread that waits for a peer: that one should be the
   // first to give up.
-  const bool is_second = peer == c.team.rank || step == Step::kD6Relayed;
-  const uint64_t patience = c.team.timeout_ns + (is_second ? c.team.timeout_ns / 8 : 0);
+  const bool is_second = w.peer == team.rank || w.step == Step::kD6Relayed;
+  const uint64_t patience = team.timeout_ns + (is_second ? team.timeout_ns / 8 : 0);
   const uint64_t start = ptx::global_timer();
   while (true) {
 #pragma unroll 1
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-      if (ready()) return true;
+      if (word.seen() >= w.expected) return true;
     }
-    if (const uint64_t by = abort_word(c)) {
-      report_fault(c, by);
+    if (const uint64_t by = abort_word(team)) {
+      report_fault(team, by);
       return false;
     }
     const uint64_t waited = ptx::global_timer() - start;
     if (waited >= patience) {
-      give_up(c, {Fault::kTimeout, step, c.team.rank, peer, c.lane, static_cast<uint32_t>(waited / 1000000), c.epoch,
-                  expected, seen()});
+      give_up(team, {Fault::kTimeout, w.step, team.rank, w.peer, w.lane, static_cast<uint32_t>(waited / 1000000),
+                     w.epoch, w.expected, word.seen()});
       return false;
     }
   }
 }
 
 __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
-  const auto seen = [&] { return ptx::ld_relaxed_sys(word); };
-  if (!wait_until(c, step, peer, expected, [&] { return seen() >= expected; }, seen)) return false;
+  if (!keep_waiting(c.team, WindowWord{word}, {step, peer, c.lane, c.epoch, expected})) return false;
   ptx::ld_acquire_sys(word);
   return true;
 }
 
 // For a word with a tag, whatever the tag is.
 __device__ inline bool wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
-  const auto seen = [&] { return Tag::epoch_of(ptx::ld_relaxed_sys(word)); };
-  if (!wait_until(c, step, peer, c.epoch, [&] { return seen() >= c.epoch; }, seen)) return false;
+  const WindowWord epoch{word, Tag::kBits + Tag::kRowBits};
+  if (!keep_waiting(c.team, epoch, {step, peer, c.lane, c.epoch, c.epoch})) return false;
   ptx::ld_acquire_sys(word);
   return true;
+}
+
+// Another call than the own one has been acquired. What an aborted operation has left behind is none.
+DEEP_A2A_COLD void report_mismatch(const Team& team, Wait w, uint32_t seen) {
+  if (const uint64_t by = abort_word(team)) {
+    report_fault(team, by);
+  } else {
+    give_up(team, {Fault::kMismatch, w.step, team.rank, w.peer, w.lane, 0, w.epoch, w.expected, seen});
+  }
 }
 
 // Gives up where the tag is not the own one.
@@ -129,11 +167,7 @@ __device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step 
   if (!wait_epoch(c, word, step, peer)) return false;
   const uint32_t tag = Tag::of(ptx::ld_relaxed_sys(word));
   if (tag == c.tag) return true;
-  if (const uint64_t by = abort_word(c)) {  // what an aborted operation has left behind is not a mismatch
-    report_fault(c, by);
-    return false;
-  }
-  give_up(c, {Fault::kMismatch, step, c.team.rank, peer, c.lane, 0, c.epoch, c.tag, tag});
+  report_mismatch(c.team, {step, peer, c.lane, c.epoch, c.tag}, tag);
   return false;
 }
 
@@ -145,8 +179,7 @@ __device__ inline bool all_of_block(bool ok) { return __syncthreads_and(ok) != 0
 __device__ inline uint32_t grid_arrive(uint32_t& counter) { return ptx::atom_add_acq_rel_gpu(&counter, 1); }
 
 __device__ inline bool grid_wait(const Context& c, const uint32_t& counter) {
-  const auto seen = [&] { return uint64_t{ptx::ld_relaxed_gpu(&counter)}; };
-  if (!wait_until(c, Step::kGrid, c.team.rank, gridDim.x, [&] { return seen() >= gridDim.x; }, seen)) return false;
+  if (!keep_waiting(c.team, GridWord{&counter}, {Step::kGrid, c.team.rank, c.lane, c.epoch, gridDim.x})) return false;
   ptx::ld_acquire_gpu(&counter);
   return true;
 }
@@ -176,8 +209,8 @@ __device__ inline bool last_block(const Context& c, uint32_t& counter) {
 // For one more thread, beside those that wait: a kernel that was enqueued behind one that gave up must not begin.
 __device__ inline bool not_aborted(const Context& c) {
   if (static_cast<int>(threadIdx.x) != c.num_locals()) return true;
-  const uint64_t by = abort_word(c);
-  if (by != 0) report_fault(c, by);
+  const uint64_t by = abort_word(c.team);
+  if (by != 0) report_fault(c.team, by);
   return by == 0;
 }
 
@@ -210,7 +243,7 @@ __device__ inline void give_lane_credit(const Context& c) {
   if constexpr (kHasNetwork) {
     if (stream < 0) return;
     uint64_t* word = c.own_word(Region::kLaneCredit, idx);
-    delay_release(c.team, word, c.epoch);
+    if (c.team.delay_seed != 0) delay_release(c.team.delay_seed, word, c.epoch);
     remote_signal(word, c.epoch, stream_of(c, stream).pe);
   }
 }
@@ -255,13 +288,19 @@ __device__ inline void acquire_put(uint64_t* word, uint64_t value) {
   if constexpr (kHasNetwork) flush_arrivals(word, value);
 }
 
+// One thread: whether a chunk has arrived, without waiting; nothing is acquired.
+__device__ inline bool chunk_is_here(const Context& c, int stream_idx, int round, int idx) {
+  const uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, stream_idx, round, idx));
+  return Tag::epoch_of(ptx::ld_relaxed_sys(word)) >= c.epoch;
+}
+
 // One thread: a chunk has arrived; false where the kernel has to be left. Whoever issues bulk loads of it has to fence
 // the proxies first. With several rounds `round_rows` becomes what the word says.
 __device__ inline bool wait_chunk(const Context& c, int stream_idx, int round, int idx, Step step, int& round_rows) {
   uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, stream_idx, round, idx));
   if (!wait_tagged(c, word, step, stream_of(c, stream_idx).peer)) return false;
   acquire_put(word, Tag::word(c.epoch, 0));
-  if (c.shape.num_rounds() > 1) round_rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
+  if (c.sizes.num_rounds > 1) round_rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
   return true;
 }
 

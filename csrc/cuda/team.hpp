@@ -95,6 +95,12 @@ struct Sizes {
   int64_t slot_rows;
   int64_t counts_bytes;
   int64_t record_bytes;
+  // Of streams between nodes.
+  int32_t num_rounds;
+  int32_t staged_rows;
+  int32_t rows_per_chunk;
+  int32_t chunks_per_round;
+  int64_t stream_row_bytes;  // at most
 
   static Sizes of(const Shape& s, int rank) {
     const Topology& t = s.topology;
@@ -110,7 +116,12 @@ struct Sizes {
             ((uint64_t{1} << 32) + static_cast<uint64_t>(experts) - 1) / static_cast<uint64_t>(experts),
             s.slot_rows(),
             CountVector::bytes(s),
-            RouteRecord::bytes(s)};
+            RouteRecord::bytes(s),
+            s.num_rounds(),
+            s.staged_rows(),
+            deep_a2a::rows_per_chunk(s),
+            deep_a2a::chunks_per_round(s),
+            StreamRow::max_bytes(s)};
   }
 };
 
@@ -182,8 +193,9 @@ struct RelayHandle {
     routes = reinterpret_cast<RouteEntry*>(base + offset);
     return offset + rounds * s.tokens_per_round() * s.num_topk * static_cast<int64_t>(sizeof(RouteEntry));
   }
-  DEEP_A2A_HOST_DEVICE RouteEntry* routes_of(const Shape& s, int stream, int round, int row) const {
-    return routes + ((int64_t{stream} * s.num_rounds() + round) * s.tokens_per_round() + row) * s.num_topk;
+  DEEP_A2A_HOST_DEVICE RouteEntry* routes_of(const Team& team, int stream, int round, int row) const {
+    const int64_t first = (int64_t{stream} * team.sizes.num_rounds + round) * team.shape.tokens_per_round();
+    return routes + (first + row) * team.shape.num_topk;
   }
 };
 

@@ -44,7 +44,8 @@ int64_t chunk_of(const Shape& shape, const DispatchArgs& args, bool casts, int64
 
 DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const DeviceLimits& limits) {
   DispatchPlan plan;
-  const int64_t arena = limits.shared_bytes - kArenaBegin;
+  const int before_arena = arena_begin(s.topology.num_nodes());
+  const int64_t arena = limits.shared_bytes - before_arena;
   const int64_t streams = s.topology.num_peer_nodes();
   plan.ring_offset = aligned(
       ((s.row_per_expert() ? s.num_experts : 0) + streams * (s.topology.ranks_per_node + s.experts_per_node())) *
@@ -52,28 +53,30 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   const int64_t left = arena - plan.ring_offset;
 
   const int64_t counters = (int64_t{s.num_experts} + s.topology.num_ranks + streams) * 4;  // of a warp
+  const int64_t counting = counters + int64_t{kWarpThreads} * s.num_topk * 4;              // with its batch of entries
   const int64_t bases =
       (int64_t{s.num_experts} + s.num_local_experts() + 3 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
-  check_argument(std::max(2 * counters, bases) <= left, "num_experts = ", s.num_experts,
-                 " is too many for the counters in a block's shared memory: they take ", std::max(2 * counters, bases),
-                 " of ", left, " bytes");
+  const int64_t least = std::max(counters + counting, bases);
+  check_argument(least <= left, "num_experts = ", s.num_experts,
+                 " is too many for the counters in a block's shared memory: they take ", least, " of ", left, " bytes");
   plan.counting = args.num_tokens <= kFewTokens ? Counting::kAlone : Counting::kShared;
-  plan.count_warps = static_cast<int>(std::min<int64_t>(kBlockWarps, left / counters - 1));  // and the sums
+  plan.count_warps = static_cast<int>(std::min<int64_t>(kBlockWarps, (left - counters) / counting));
 
   // A cast happens in the stage where rows are pushed; where they are pulled, it is over by then.
   const bool casts = args.cast != Cast::kNone && !s.row_per_expert();
   const int64_t input_bytes = casts ? s.max_payload_bytes() : args.format.payload_bytes;
   plan.num_targets = s.row_per_expert() ? s.num_topk : s.topology.ranks_per_node;
-  const int64_t rows_bytes = align_up(plan.num_targets * 4, kRowAlignment);
+  const int64_t rows_bytes =
+      std::max<int64_t>(align_up(plan.num_targets * 4, kRowAlignment), streams > 0 ? kMaxItemBytes : 0);
   // Behind a row's scales: its record, or, on its way to another node, its route entries.
   const int64_t routes_bytes = streams > 0 ? s.num_topk * static_cast<int64_t>(sizeof(RouteEntry)) : 0;
   const int64_t record_bytes = std::max(RouteRecord::bytes(s), routes_bytes);
-  const int64_t side = args.format.scale_pitch() + aligned(record_bytes) + rows_bytes;
+  const int64_t side = args.format.scale_span() + record_bytes + rows_bytes;
   const int64_t chunk = chunk_of(s, args, casts, left / 4 - side - kStageAlignment);
   plan.chunk_bytes = static_cast<int>(chunk);
   plan.num_chunks = static_cast<int>(ceil_div(input_bytes, chunk));
   plan.side_offset = aligned(chunk);
-  plan.record_offset = plan.side_offset + args.format.scale_pitch();
+  plan.record_offset = plan.side_offset + args.format.scale_span();
   plan.rows_offset = plan.record_offset + static_cast<int>(record_bytes);
   plan.stage_bytes = aligned(plan.rows_offset + rows_bytes);
   const int64_t stages = left / plan.stage_bytes;
@@ -86,14 +89,14 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   plan.push_warps = streams > 0 ? ceil_div(plan.move_warps * kPushTenths, 10) : plan.move_warps;
 
   const int64_t rings = int64_t{plan.move_warps} * plan.num_stages * plan.stage_bytes;
-  const int64_t most = std::max({rings, counters * (plan.count_warps + 1), bases});
-  plan.shared_bytes = static_cast<int>(kArenaBegin + plan.ring_offset + most);
+  const int64_t most = std::max({rings, counters + counting * plan.count_warps, bases});
+  plan.shared_bytes = static_cast<int>(before_arena + plan.ring_offset + most);
   return plan;
 }
 
 CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits) {
   CombinePlan plan;
-  plan.shared_bytes = kArenaBegin;
+  plan.shared_bytes = arena_begin(s.topology.num_nodes());
   if (s.topology.num_nodes() > 1) return plan;
   if (s.row_per_expert()) {  // a part should give every warp some rows, whose lengths even out
     const int enough = std::max(kRowsOfPart * ceil_div(kBlockWarps * num_sms, s.topology.ranks_per_node),
@@ -102,7 +105,7 @@ CombinePlan plan_combine(const Shape& s, int num_sms, const DeviceLimits& limits
     return plan;
   }
   plan.num_stages = std::max(s.topology.ranks_per_node, kFewestSumStages);
-  const int64_t rings = (limits.shared_bytes - kArenaBegin) / (int64_t{plan.num_stages} * kSumChunkBytes);
+  const int64_t rings = (limits.shared_bytes - plan.shared_bytes) / (int64_t{plan.num_stages} * kSumChunkBytes);
   plan.num_rings = static_cast<int>(std::min<int64_t>({rings, kMostSumRings, kMaxBarriers / 2 / plan.num_stages}));
   check_argument(plan.num_rings > 0, "ranks_per_node = ", s.topology.ranks_per_node,
                  " does not fit a block's shared memory of ", limits.shared_bytes, " bytes");

@@ -46,6 +46,7 @@ struct CombinePlan {
   int shared_bytes = 0;
 };
 
+constexpr int kMaxItemBytes = 32;     // of what a stage tells of its item, with several nodes
 constexpr int kSumChunkBytes = 3584;  // 7 pieces of 16 bytes for each lane: the sums of as many fit its registers
 
 // Both throw std::invalid_argument where a block cannot hold what the shape needs.
