@@ -42,7 +42,8 @@ __device__ inline Context context_of_call(const CallFrame<Task>& frame) {
   return Context(frame.team, frame.task.lane, frame.task.half, frame.tag);
 }
 
-// ---- begin and end ---------------------------------------------------------------------------------------------------
+// ---- begin and end
+// ---------------------------------------------------------------------------------------------------
 
 // All threads. Peers that have to say who is late see that this rank has come.
 template <class Task>

@@ -24,8 +24,8 @@ __device__ inline bool drain_streams(const Context& c) {
   return ok;
 }
 
-// One warp of a relay at work, with a ring. A piece of a row comes into a stage together with the row's scales, if it is
-// the last; route entries are loaded by the lanes, a row ahead.
+// One warp of a relay at work, with a ring. A piece of a row comes into a stage together with the row's scales, if it
+// is the last; route entries are loaded by the lanes, a row ahead.
 class Relay {
  public:
   __device__ Relay(const Context& c, const DispatchTask& t, const BasesArena& bases)
@@ -263,7 +263,8 @@ __device__ inline bool relay_all(const Context& c, Relay& relay) {
     while (ok && !chunks.next(c, chunk)) {
       const int turn = take_turn(c.control.grid.moved_chunks), round = turn / turns;
       if (turn >= all) return false;
-      ok = chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
+      ok =
+          chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
     }
     return ok;
   };
@@ -286,7 +287,8 @@ __device__ bool relay_rounds(const Context& c, Relay& relay, SendTurn&& send_tur
       ok = send_turn(round + kStagedRounds, turn % turns);
     } else {
       TurnChunks chunks;
-      ok = chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
+      ok =
+          chunks.begin(c, tasks, round, turn % turns, [&](int stream, int) { return relay.round_rows(stream, round); });
       ok = ok && relay.run([&](Chunk& chunk) { return chunks.next(c, chunk); });
     }
     if (!ok) return false;

@@ -101,7 +101,7 @@ __device__ inline KeptRoutes<kWidth> received_routes(const Context& c, const Dis
 
 template <int kWidth>
 __device__ inline void keep_routing(const Context& c, const DispatchTask& t, int first_warp) {
-  constexpr unsigned kTogether = kWidth == 4 ? 2 : 4;  // to wait for them together
+  constexpr unsigned kTogether = kWidth == 4 ? 4 : 1;  // to wait for them together
   const auto topk = static_cast<unsigned>(c.shape.num_topk);
   const unsigned num_entries = static_cast<unsigned>(ReceivedCounts::at(c.shape, t.kept.counts).num_received[1]) * topk;
   const unsigned all_entries = static_cast<unsigned>(t.result.capacity) * topk;

@@ -36,8 +36,8 @@ struct BlockShared {
   uint32_t pushed;                 // warps that have pushed all their rows
 };
 
-// A kernel's parameters, for calls: what these take by reference would else lie behind the first-level cache, which every
-// acquire drops. Only with several nodes, where registers do not suffice for all steps in one function.
+// A kernel's parameters, for calls: what these take by reference would else lie behind the first-level cache, which
+// every acquire drops. Only with several nodes, where registers do not suffice for all steps in one function.
 template <class Task>
 struct CallFrame {
   Team team;
@@ -45,9 +45,9 @@ struct CallFrame {
   uint32_t tag;
 };
 constexpr int kFrameBegin = align_up<int>(sizeof(BlockShared), 16);
-constexpr int kFrameBytes = static_cast<int>(sizeof(CallFrame<DispatchTask>) > sizeof(CallFrame<CombineTask>)
-                                                 ? sizeof(CallFrame<DispatchTask>)
-                                                 : sizeof(CallFrame<CombineTask>));
+constexpr int kFrameBytes =
+    static_cast<int>(sizeof(CallFrame<DispatchTask>) > sizeof(CallFrame<CombineTask>) ? sizeof(CallFrame<DispatchTask>)
+                                                                                      : sizeof(CallFrame<CombineTask>));
 
 // The arena follows: one phase of a kernel uses it after another.
 DEEP_A2A_HOST_DEVICE constexpr int arena_begin(int num_nodes) {

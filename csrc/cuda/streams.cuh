@@ -57,8 +57,7 @@ __device__ inline int64_t chunk_word_idx(const Context& c, int stream, int round
 // Where a row of a round lies in kNetIn or kNetOut, from the window's start.
 __device__ inline int64_t staged_offset(const Context& c, Region region, int stream, int round, int row,
                                         int64_t row_bytes) {
-  return c.team.layout.offset(region, c.lane) +
-         int64_t{stream} * c.sizes.staged_rows * c.sizes.stream_row_bytes +
+  return c.team.layout.offset(region, c.lane) + int64_t{stream} * c.sizes.staged_rows * c.sizes.stream_row_bytes +
          (c.shape.first_staged_row(round) + row) * row_bytes;
 }
 

@@ -8,8 +8,8 @@ namespace deep_a2a::cuda {
 
 constexpr int kPollsPerCheck = 64;  // of a word, before the clock and the abort word are looked at
 
-// What is hardly ever run is a call, which takes parameters of the kernel and values: so it does not lie between code
-// that is run, and nothing has to be in memory for its sake.
+// What is hardly ever run, or waits anyway, is a call that takes parameters of the kernel and values: so it does not
+// lie between code that is run, and nothing has to be in memory for its sake.
 #define DEEP_A2A_COLD static __device__ __attribute__((noinline))
 
 // Tests: a release comes late by up to kMostDelayNs, drawn from the seed, so that nobody can count on it being early.
@@ -30,8 +30,8 @@ __device__ inline void signal(const Team& team, uint64_t* word, uint64_t value) 
 // ---- faults ----------------------------------------------------------------------------------------------------
 
 __device__ inline uint64_t abort_word(const Team& team) {
-  const auto* word = reinterpret_cast<const uint64_t*>(team.windows[team.sizes.local_rank] +
-                                                       team.layout.offset(Region::kAbort));
+  const auto* word =
+      reinterpret_cast<const uint64_t*>(team.windows[team.sizes.local_rank] + team.layout.offset(Region::kAbort));
   return ptx::ld_relaxed_sys(word) != 0 ? ptx::ld_acquire_sys(word) : 0;
 }
 
@@ -55,8 +55,8 @@ __device__ inline void tell_host(const Team& team, const FaultRecord& record, ui
 __device__ inline void tell_peers(const Team& team, const FaultRecord& record, uint64_t aborted_by) {
   for (int local = 0; local < team.shape.topology.ranks_per_node; ++local) {
     *fault_record(team, local, aborted_by) = record;
-    ptx::st_release_sys(
-        reinterpret_cast<uint64_t*>(team.windows[local] + team.layout.offset(Region::kAbort)), aborted_by);
+    ptx::st_release_sys(reinterpret_cast<uint64_t*>(team.windows[local] + team.layout.offset(Region::kAbort)),
+                        aborted_by);
   }
   if constexpr (kHasNetwork) {
     FaultRecord* own = fault_record(team, team.sizes.local_rank, aborted_by);
@@ -116,6 +116,7 @@ struct Wait {
 // acquired: that drops the SM's whole first-level cache, which other warps live on. Callers acquire afterwards.
 template <class Word>
 DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
+  if (word.seen() >= w.expected) return true;
   // Who waits for the own rank, or for a relay, waits for another thread that waits for a peer: that one should be the
   // first to give up.
   const bool is_second = w.peer == team.rank || w.step == Step::kD6Relayed;
