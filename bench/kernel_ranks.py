@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -34,14 +33,6 @@ _TIMEOUT_S = {"cuda": 20.0, "emulated": 120.0}
 _LINK_BYTES_PER_PEER = {"cuda": 16 << 20, "emulated": 14336}
 _LINK_SMS = {"cuda": (8, 16, 32), "emulated": (1, 2)}
 _PEER_ACCESS_ALREADY_ENABLED = 704
-
-
-@dataclass(frozen=True)
-class Times:
-    """Medians in microseconds: of rank 0, and of the slowest rank of each iteration."""
-
-    first: float
-    slowest: float
 
 
 def prepare_environment() -> None:
@@ -102,7 +93,7 @@ class EmulatorWatch:
 
 
 class Ranks:
-    """A stream, a meter and a clock for each of `devices`. Raises ValueError for devices that are not there."""
+    """A stream and a meter for each of `devices`, a clock for rank 0. Raises ValueError for a device that is not there."""
 
     def __init__(self, backend: Backend, devices: Sequence[int]) -> None:
         self.backend, self.devices = backend, tuple(devices)
@@ -124,10 +115,7 @@ class Ranks:
             self.native.Meter(rank=rank, device=device, windows=windows, timeout_s=self.timeout_s)
             for rank, device in enumerate(devices)
         ]
-        self._watches: list[Stopwatch] = [
-            GpuStopwatch(place) if on_gpus else EmulatorWatch(stream)
-            for place, stream in zip(self.places, self.streams, strict=True)
-        ]
+        self._watch: Stopwatch = GpuStopwatch(self.places[0]) if on_gpus else EmulatorWatch(self.streams[0])
 
     def windows(self, nbytes: int) -> list[Window]:
         """One for each rank; in one process an address is good on all GPUs."""
@@ -140,12 +128,16 @@ class Ranks:
                 operation(rank)
         self._synchronize()
 
-    def measure(self, operation: OfRank, num_iters: int, after: OfRank = lambda rank: None) -> Times:
-        """Times `operation` from the common release of all streams; `after` follows it and is not timed."""
+    def measure(self, operation: OfRank, num_iters: int, after: OfRank = lambda rank: None) -> float:
+        """Median microseconds that `operation` takes on rank 0, from the common release of all streams.
+
+        Only rank 0 is timed: events on streams that share a GPU would let their kernels begin some 2 us after each
+        other, and rank 0 would wait for them. `after` follows the operation and is not timed.
+        """
         self.together(operation)  # once while nothing is held: what still has to be loaded may wait for all kernels
         self.together(after)
         samples = [self._sample(operation, after) for _ in range(_NUM_WARMUP + num_iters)][_NUM_WARMUP:]
-        return Times(statistics.median(each[0] for each in samples), statistics.median(max(each) for each in samples))
+        return statistics.median(samples)
 
     def measure_link(self, most_sms: int, num_iters: int) -> Link:
         """What rank 0's link carries: bulk copies from every rank to every other, on up to `most_sms` SMs of each."""
@@ -156,7 +148,7 @@ class Ranks:
             copy = partial(
                 self._copy, direction=getattr(self.native.Direction, direction), nbytes=nbytes, num_sms=num_sms
             )
-            microseconds = self.measure(copy, num_iters).first
+            microseconds = self.measure(copy, num_iters)
             speeds.append(
                 LinkSpeed(direction, num_sms, round(nbytes * (len(self.devices) - 1) / microseconds / 1e3, 3))
             )
@@ -172,23 +164,25 @@ class Ranks:
     def _copy(self, rank: int, **how: Any) -> None:
         self._meters[rank].copy_all_to_all(stream=self.streams[rank].handle, **how)
 
-    def _sample(self, operation: OfRank, after: OfRank) -> list[float]:
+    def _sample(self, operation: OfRank, after: OfRank) -> float:
         try:
-            for rank, (watch, meter) in enumerate(zip(self._watches, self._meters, strict=True)):
+            for rank, meter in enumerate(self._meters):
                 with self._current(rank):
-                    watch.hold(meter)
-                    watch.start()
+                    meter.hold(self.streams[rank].handle)
+                    if rank == 0:
+                        self._watch.start()
                     operation(rank)
-                    watch.stop()
+                    if rank == 0:
+                        self._watch.stop()
                     after(rank)
         finally:
             for meter in self._meters:
                 meter.open()
-        times = [watch.microseconds() for watch in self._watches]
+        microseconds = self._watch.microseconds()
         self._synchronize()
         if any(meter.late() for meter in self._meters):
             raise TimeoutError("the gate gave up: some rank's stream did not come in time")
-        return times
+        return microseconds
 
     def _synchronize(self) -> None:
         for stream in self.streams:

@@ -21,7 +21,7 @@ from typing import get_args
 
 import torch
 from kernel_calls import Kernels
-from kernel_ranks import Ranks, Times, prepare_environment
+from kernel_ranks import Ranks, prepare_environment
 
 from deep_a2a.benchmark.cell import Cell
 from deep_a2a.benchmark.gpus import describe_gpus
@@ -32,7 +32,7 @@ from deep_a2a.benchmark.table import LEGEND, format_table
 
 _OPS = ("dispatch", "combine")
 _LEAST_ITERS = 8
-_NOTE = "Here it is all of rank 0, not of the slowest or the busiest rank; times of the slowest are in the result file."
+_NOTE = "Here it is all of rank 0, not of the slowest or the busiest rank."
 
 
 @dataclass(frozen=True)
@@ -132,27 +132,26 @@ class Measurement:
     def _dispatch(self, cell: Cell, num_sms: int, link: Link) -> Record:
         self._kernels.route(cell.dtype, num_sms)
         call = partial(self._kernels.dispatch, dtype=cell.dtype, num_sms=num_sms, cached=cell.cached)
-        times = self._ranks.measure(call, cell.num_iters, after=self._kernels.release)
-        return self._record(cell, "dispatch", times, self._rows.received, link)
+        total_us = self._ranks.measure(call, cell.num_iters, after=self._kernels.release)
+        return self._record(cell, "dispatch", total_us, self._rows.received, link)
 
     def _combine(self, cell: Cell, num_sms: int, link: Link) -> Record:
         self._kernels.route(cell.dtype, num_sms)
-        times = self._ranks.measure(partial(self._kernels.combine, num_sms=num_sms), cell.num_iters)
-        return self._record(cell, "combine", times, self._rows.sent, link)
+        total_us = self._ranks.measure(partial(self._kernels.combine, num_sms=num_sms), cell.num_iters)
+        return self._record(cell, "combine", total_us, self._rows.sent, link)
 
-    def _record(self, cell: Cell, op: str, times: Times, arriving: int, link: Link) -> Record:
+    def _record(self, cell: Cell, op: str, total_us: float, arriving: int, link: Link) -> Record:
         self._kernels.check()
         wire = WireBytes(nvlink=max(self._rows.sent, self._rows.received) * cell.row_bytes)
         return cell.record(
             op=op,
             output="leased" if op == "dispatch" else "owned",
             num_gpus=len(set(self._ranks.devices)) if cell.backend == "cuda" else None,
-            total_us=round(times.first, 1),
+            total_us=round(total_us, 1),
             wire_bytes=wire,
             logical_bytes=(arriving + self._rows.own) * cell.row_bytes,
-            **ceiling_fields(times.first, wire, link.ceiling.gbs, link.describe()),
+            **ceiling_fields(total_us, wire, link.ceiling.gbs, link.describe()),
             devices=self._ranks.devices,
-            slowest_us=round(times.slowest, 1),
         )
 
 
@@ -173,7 +172,7 @@ def measure(options: argparse.Namespace, command: str) -> ResultFile:
             mode = "cached" if record.cached else "counted"
             print(
                 f"{record.op} {record.dtype} {record.layout} {mode}, {record.num_tokens} tokens, {record.num_sms} SMs: "
-                f"{record.total_us} us, slowest rank {record.slowest_us} us, link-time ratio {record.link_time_ratio}",
+                f"{record.total_us} us, link-time ratio {record.link_time_ratio}",
                 file=sys.stderr,
                 flush=True,
             )

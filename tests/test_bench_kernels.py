@@ -52,7 +52,7 @@ def test_records(backend: str, tmp_path: Path) -> None:
     for record in results.records:
         assert (record.backend, record.num_sms, record.num_tokens, record.stream) == (backend, 1, 6, "current")
         assert record.devices == (0, 0) and record.num_gpus == (1 if backend == "cuda" else None)
-        assert record.slowest_us is not None and record.slowest_us >= record.total_us
+        assert record.total_us > 0 and record.slowest_us is None
         assert not record.checked and record.num_iters == 8 and record.run is None
         row_bytes = 128 * 2 if record.dtype == "bf16" else 128 + 4
         assert record.wire_bytes.nvlink % row_bytes == 0 and record.wire_bytes.nvlink <= 6 * row_bytes

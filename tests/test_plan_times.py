@@ -34,7 +34,7 @@ def test_rates_are_those_of_the_file() -> None:
 def test_one_node_by_hand() -> None:
     """FP8, top-8 of 256 on 4 ranks: 4 (1 - C(192, 8) / C(256, 8)) = 3.6142 ranks a token; 64-byte route records."""
     few, many = make_plan(FOUR, num_sms=4).dispatch.estimate, make_plan(FOUR, num_sms=16).dispatch.estimate
-    rows, counts = 4096 * 3.614214305566513, 32 + (1 + 4 + 256) * 4 + 12
+    rows, counts = 4096 * 3.614214305566513, 2 * (32 + (1 + 4 + 256) * 4 + 12)
     assert few.limit == "SMs out" and many.limit == "NVLink out"
     assert few.total_us == pytest.approx((rows * (7392 + 64) + 4 * counts) / (4 * 50e3) + 2 * 1.2)
     assert many.total_us == pytest.approx((rows * 3 / 4 * (7392 + 64) + 3 * counts) / 335e3 + 2 * 1.2)
@@ -46,7 +46,7 @@ def test_one_node_by_hand() -> None:
 
 
 def test_pulled_rows_have_the_rate_of_loads() -> None:
-    rows, counts = 4096 * 3.614214305566513, 32 + (1 + 4 + 256) * 4 + 12
+    rows, counts = 4096 * 3.614214305566513, 2 * (32 + (1 + 4 + 256) * 4 + 12)
     for layout, gbs, record in (("rank", 335e3, 64), ("expert", 322e3, 112), ("padded", 322e3, 112)):
         terms = make_plan(replace(FOUR, layout=layout)).dispatch.estimate.terms  # type: ignore[arg-type]
         assert terms["NVLink out"] == pytest.approx((rows * 3 / 4 * (7392 + record) + 3 * counts) / gbs)
@@ -101,7 +101,7 @@ def test_waits_of_rounds_can_be_the_limit() -> None:
 def test_every_sm_reads_the_counts() -> None:
     large = make_plan(Workload(num_ranks=2048, num_experts=2048, num_tokens=128), num_sms=8).dispatch.estimate
     assert large.limit == "counts"
-    assert large.terms["counts"] == pytest.approx(2048 * (32 + (256 + 2048 + 2048) * 4) / 79e3)
+    assert large.terms["counts"] == pytest.approx(2048 * 2 * (32 + (256 + 2048 + 2048) * 4) / 79e3)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])

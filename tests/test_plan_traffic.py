@@ -108,7 +108,7 @@ def test_bytes_of_the_cpu_backend(
     )  # fmt: skip
     spread = find_spread(workload)
     assert spread.ranks_per_token == pytest.approx(6)
-    counts_near = workload.num_nodes * (ranks_per_node - 1) * wire.count_vector_bytes(workload)
+    counts_near = workload.num_nodes * (ranks_per_node - 1) * wire.count_words_bytes(workload)
     dispatch, combine = dispatch_traffic(workload, spread), combine_traffic(workload, spread)
     for moved in pools(6).run(moved_bytes, workload):
         assert moved[0]["network"] == pytest.approx(dispatch.network_out, rel=1e-12)
@@ -133,7 +133,7 @@ def test_headers_fit_the_regions_of_the_native_module(hidden: int, num_topk: int
     stream_row = wire.stream_row_bytes(workload) + wire.align_up(-(-hidden // 128) * 4, 128)  # room for scales as well
     assert sizes["net_in"] == 5 * 100 * stream_row
     assert sizes["recv_routes"] == 24 * 100 * wire.record_bytes(workload)
-    assert sizes["counts"] == 24 * wire.count_vector_bytes(workload)
+    assert sizes["counts"] == 24 * wire.count_words_bytes(workload)
     rows_per_chunk = min(100, wire.CHUNK_BYTES // stream_row)
     assert sizes["chunk_flag"] == 5 * -(-100 // rows_per_chunk) * 8 and sizes["chunk_credit"] == 0
     staged = memory_table(
@@ -155,21 +155,22 @@ def test_rows_by_hand() -> None:
     found = dispatch_traffic(workload, spread)
     record, stream, counts = 16, 256 + 2 * 16, 32 + (2 + 4 + 4) * 4 + 8
     assert (wire.record_bytes(workload), wire.stream_row_bytes(workload)) == (record, stream)
-    assert wire.count_vector_bytes(workload) == counts
+    words = 2 * counts
+    assert (wire.count_vector_bytes(workload), wire.count_words_bytes(workload)) == (counts, words)
     # Ranks 1 and 2 store 20 rows each for their neighbours: own tokens and those of the other node.
     assert (found.nvlink_rows, found.network_rows, found.logical_rows, found.node_rows) == (20, 10, 40, 20)
-    assert found.nvlink_out == found.nvlink_in == 20 * (256 + record) + 2 * counts
+    assert found.nvlink_out == found.nvlink_in == 20 * (256 + record) + 2 * words
     assert found.network_out == found.network_in == 10 * stream + counts
-    assert found.sm_out == 20 * (256 + record) + 10 * stream + 4 * counts
+    assert found.sm_out == 20 * (256 + record) + 10 * stream + 4 * words
     assert found.sm_in == 10 * 256 + 10 * 256 + 10 * stream
-    assert found.each_sm_in == 4 * counts
+    assert found.each_sm_in == 4 * words
     back = combine_traffic(workload, spread)
     assert (back.nvlink_rows, back.network_rows, back.logical_rows) == (20, 10, 40)
     assert back.nvlink_out == back.nvlink_in == 20 * 256 and back.network_out == back.network_in == 10 * 256
     assert back.sm_in == (20 + 10) * 256 and back.sm_out == (10 + 10) * 256
     doubled = replace(workload, layout="expert")
     # Rank 0 stores the 20 rows that it pulls, and as a relay 10 of those that come from the other node.
-    assert dispatch_traffic(doubled, spread).sm_out == 30 * 256 + 20 * 32 + 10 * stream + 4 * counts
+    assert dispatch_traffic(doubled, spread).sm_out == 30 * 256 + 20 * 32 + 10 * stream + 4 * words
     assert combine_traffic(doubled, spread).sm_in == (20 + 10 + 40) * 256
 
 
@@ -178,8 +179,9 @@ def test_directions_by_hand() -> None:
     workload = Workload(num_ranks=9, ranks_per_node=3, num_tokens=10, hidden=128, num_experts=9, num_topk=1)
     spread = Spread((1.0, *(0.0,) * 8), (1.0, 0.0, 0.0), (1.0, *(0.0,) * 8), "by hand")
     row, stream, counts = 128 + 4 + 16, 128 + 16 + 16, wire.count_vector_bytes(workload)
+    words = wire.count_words_bytes(workload)
     found, back = dispatch_traffic(workload, spread), combine_traffic(workload, spread)
-    assert found.nvlink_out == 30 * row + 6 * counts and found.nvlink_in == 60 * row + 6 * counts
+    assert found.nvlink_out == 30 * row + 6 * words and found.nvlink_in == 60 * row + 6 * words
     assert found.network_out == 10 * stream + 2 * counts and found.network_in == 20 * stream + 2 * counts
     assert (back.nvlink_out, back.nvlink_in) == (60 * 256, 30 * 256)
     assert (back.network_out, back.network_in) == (20 * 256, 10 * 256)

@@ -102,7 +102,7 @@ void bind_plans(py::module_& m) {
         return py::dict(py::arg("count_warps") = plan.count_warps, py::arg("ring_offset") = plan.ring_offset,
                         py::arg("move_warps") = plan.move_warps, py::arg("num_stages") = plan.num_stages,
                         py::arg("stage_bytes") = plan.stage_bytes, py::arg("side_offset") = plan.side_offset,
-                        py::arg("record_offset") = plan.record_offset, py::arg("rows_offset") = plan.rows_offset,
+                        py::arg("routes_offset") = plan.routes_offset, py::arg("rows_offset") = plan.rows_offset,
                         py::arg("num_targets") = plan.num_targets, py::arg("chunk_bytes") = plan.chunk_bytes,
                         py::arg("num_chunks") = plan.num_chunks, py::arg("shared_bytes") = plan.shared_bytes);
       },

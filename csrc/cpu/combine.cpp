@@ -32,8 +32,8 @@ void Combine::receive(const Turn& turn) {
     c4_give_credit(turn, round);
     if (is_filled_again(shape_, round)) c3_relay(turn, round + kStagedRounds);
   }
-  c5_credit_returned(turn);
   give_lane_credit(transport_, turn);
+  wait_rows_read(transport_, turn, Step::kC5CreditReturned);
 }
 
 void Combine::c0_credit(const Turn& turn) { wait_lane_credit(transport_, turn, Step::kC0Credit); }
@@ -205,14 +205,6 @@ void Combine::c2_c4_sum(const Turn& turn, int round) {
 void Combine::c4_give_credit(const Turn& turn, int round) {
   for (int stream = 0; is_filled_again(shape_, round) && stream < shape_.topology.num_peer_nodes(); ++stream) {
     give_chunk_credit(transport_, turn, stream, round, 0);
-  }
-}
-
-void Combine::c5_credit_returned(const Turn& turn) {
-  transport_.signal_node(turn, Region::kReadFlag, transport_.local_rank(), turn.epoch);
-  for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
-    transport_.wait(turn, transport_.word(transport_.rank(), Region::kReadFlag, turn.lane, local), turn.epoch,
-                    {Step::kC5CreditReturned, transport_.neighbour(local)});
   }
 }
 

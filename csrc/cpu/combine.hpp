@@ -34,7 +34,6 @@ class Combine {
   void c3_relay(const Turn& turn, int round);
   void c2_c4_sum(const Turn& turn, int round);
   void c4_give_credit(const Turn& turn, int round);
-  void c5_credit_returned(const Turn& turn);
 
   const uint16_t* stream_row(const Turn& turn, int stream, int round, int row);
   void c4_wait_chunks(const Turn& turn, int stream, int round, int end_chunk);

@@ -21,6 +21,15 @@ void wait_lane_credit(Transport& transport, const Turn& turn, Step step) {
   for (int stream = 0; stream < transport.topology().num_peer_nodes(); ++stream) wait(transport.rail_peer(stream));
 }
 
+void wait_rows_read(Transport& transport, const Turn& turn, Step step) {
+  for (int local = 0; local < transport.topology().ranks_per_node; ++local) {
+    const int peer = transport.neighbour(local);
+    const int64_t idx = credit_idx(turn.epoch, transport.topology(), peer);
+    transport.wait(turn, transport.word(transport.rank(), Region::kLaneCredit, turn.lane, idx), turn.epoch,
+                   {step, peer});
+  }
+}
+
 void give_lane_credit(Transport& transport, const Turn& turn) {
   const int64_t idx = credit_idx(turn.epoch, transport.topology(), transport.rank());
   transport.signal_node(turn, Region::kLaneCredit, idx, turn.epoch);

@@ -9,6 +9,8 @@ namespace deep_a2a::cpu {
 void wait_lane_credit(Transport& transport, const Turn& turn, Step step);
 // Finish: this rank is done with its epoch, all its reads and writes included.
 void give_lane_credit(Transport& transport, const Turn& turn);
+// Behind it, C5: every rank of the node has done the same, so that it has read this rank's rows.
+void wait_rows_read(Transport& transport, const Turn& turn, Step step);
 
 // D0: every rank of the node has freed the slot `releases` times.
 void wait_slot_credit(Transport& transport, const Turn& turn, int slot, uint64_t releases);

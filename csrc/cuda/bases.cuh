@@ -2,7 +2,7 @@
 // dispatch may go ahead at all. Every block works this out for itself.
 #pragma once
 
-#include "cuda/count.cuh"
+#include "cuda/exchange.cuh"
 
 namespace deep_a2a::cuda {
 
@@ -31,18 +31,6 @@ struct BasesArena {
   }
 };
 
-__device__ inline CountVector counts_of(const Context& c, int source) { return c.counts_at(c.local_rank(), source); }
-
-// All threads; false where the kernel has to be left.
-__device__ inline bool d3_wait_counts(const Context& c) {
-  bool ok = true;
-#pragma unroll 1
-  for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
-    ok = ok && wait(c, c.own_word(Region::kCountsFlag, source), c.epoch, Step::kD3Bases, source);
-  }
-  return all_of_block(ok);
-}
-
 // What one column of the count vectors, a rank or an expert, leaves behind beside its sum. Null for nothing.
 struct ColumnBases {
   int32_t* before = nullptr;  // rows of the sources before this one
@@ -67,43 +55,58 @@ struct ColumnBases {
   }
 };
 
-// Sums over the sources, a thread for each rank and each expert.
-__device__ inline void sum_counts(const Context& c, const BasesArena& arena) {
+// Sums over the sources, a thread for each rank and each expert, as their counts come. False where the kernel has to be
+// left.
+__device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
+  constexpr int kTogether = 4;
   const int ranks = c.num_ranks();
+  bool ok = true;
 #pragma unroll 1
   for (int column = threadIdx.x; column < ranks + c.shape.num_experts; column += blockDim.x) {
     const ColumnBases bases(c, arena, column);
-    const int32_t* counts = counts_of(c, 0).rank_rows + column;  // experts lie behind ranks there, too
+    const int idx = rank_rows_idx(c, column);  // experts lie behind ranks there, too
     int32_t before = 0, all = 0, own = 0;
     int rail = num_streams(c) > 0 && bases.relays != nullptr ? c.local_rank() : ranks, node = 0;
-#pragma unroll 4
-    for (int source = 0; source < ranks; ++source) {
-      const int32_t rows = ptx::ld_relaxed_sys(counts + source * (c.sizes.counts_bytes / 4));
-      if (source == c.team.rank) before = all, own = rows;
-      if (kHasNetwork && source == rail) {
-        if (node != c.own_node()) bases.relays[stream_to(c, node) * bases.stride] = all;
-        rail += c.num_locals();
-        ++node;
+#pragma unroll 1
+    for (int first = 0; first < ranks; first += kTogether) {
+      uint64_t words[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        words[i] = ptx::ld_relaxed_sys(c.count_word(c.local_rank(), min(first + i, ranks - 1), idx));
       }
-      all += rows;
-      if (column == c.team.rank) arena.received_rows[source] = rows;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int source = first + i;
+        if (source >= ranks) break;
+        const int32_t rows = wait_count(c, source, idx, words[i], ok);
+        if (source == c.team.rank) before = all, own = rows;
+        if (kHasNetwork && source == rail) {
+          if (node != c.own_node()) bases.relays[stream_to(c, node) * bases.stride] = all;
+          rail += c.num_locals();
+          ++node;
+        }
+        all += rows;
+        if (column == c.team.rank) arena.received_rows[source] = rows;
+      }
     }
     arena.rank_rows[column] = all;
     if (bases.before != nullptr) *bases.before = before;
     if (column < ranks && bases.before != nullptr) arena.sent_rows[column - c.neighbour(0)] = own;
   }
+  return ok;
 }
 
-// Whether the headers of two ranks differ, or one has an objection of its own; by the last threads.
-__device__ inline bool objects(const Context& c) {
+// Whether the headers of two ranks differ, or one has an objection of its own; a word of a header for each of the last
+// threads. False in `ok` where the kernel has to be left.
+__device__ inline bool objects(const Context& c, bool& ok) {
+  constexpr int kFirst = offsetof(CountHeader, payload_bytes) / 4, kBadToken = offsetof(CountHeader, bad_token) / 4;
+  constexpr int kCompared = kBadToken - kFirst + 1;
   bool objection = false;
-  const CountHeader& first = *counts_of(c, 0).header;
 #pragma unroll 1
-  for (int rank = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x); rank < c.num_ranks();
-       rank += blockDim.x) {
-    const CountHeader& header = *counts_of(c, rank).header;
-    objection = objection || header.tag != first.tag || header.payload_bytes != first.payload_bytes ||
-                header.scale_bytes != first.scale_bytes || header.bad_token >= 0;
+  for (int i = static_cast<int>(blockDim.x - 1 - threadIdx.x); i < c.num_ranks() * kCompared; i += blockDim.x) {
+    const int rank = i / kCompared, idx = kFirst + i % kCompared;
+    const int32_t value = wait_count(c, rank, idx, ok);
+    objection = objection || (idx == kBadToken ? value >= 0 : value != wait_count(c, 0, idx, ok));
   }
   return objection;
 }
@@ -164,27 +167,30 @@ __device__ inline bool overflows(const Context& c, const BasesArena& arena) {
   return overflow;
 }
 
-// What this rank will receive, into `block` of ReceivedCounts; all threads of one block.
-__device__ inline void write_counts(const Context& c, const BasesArena& arena, int32_t* block) {
-  const ReceivedCounts to = ReceivedCounts::at(c.shape, block);
-  const int experts = c.sizes.num_local_experts, first = c.sizes.first_expert;
+// What this rank will receive, into both blocks of ReceivedCounts; all threads of one block.
+__device__ inline void write_counts(const Context& c, const DispatchTask& t, const BasesArena& arena) {
+  const ReceivedCounts kept = ReceivedCounts::at(c.shape, t.kept.counts);
+  const ReceivedCounts result = ReceivedCounts::at(c.shape, t.result.counts);
+  const auto write = [&](int32_t* ReceivedCounts::* array, int idx, int32_t value) {
+    (kept.*array)[idx] = (result.*array)[idx] = value;
+  };
+  const int experts = c.sizes.num_local_experts, self = c.team.rank;
 #pragma unroll 1
   for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
-    to.expert_load[expert] = arena.expert_rows[expert];
-  }
-#pragma unroll 1
-  for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) {
-    to.rows_per_expert[expert] = arena.expert_rows[first + expert];
-    if (c.shape.row_per_expert()) to.expert_offsets[expert] = arena.own_offsets[expert];
+    write(&ReceivedCounts::expert_load, expert, arena.expert_rows[expert]);
+    const int own = expert - c.sizes.first_expert;
+    if (static_cast<uint32_t>(own) >= static_cast<uint32_t>(experts)) continue;
+    write(&ReceivedCounts::rows_per_expert, own, arena.expert_rows[expert]);
+    if (c.shape.row_per_expert()) write(&ReceivedCounts::expert_offsets, own, arena.own_offsets[own]);
   }
 #pragma unroll 1
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
-    to.rows_per_rank[source] = arena.received_rows[source];
+    write(&ReceivedCounts::rows_per_rank, source, arena.received_rows[source]);
   }
   if (threadIdx.x != 0) return;
-  if (c.shape.row_per_expert()) to.expert_offsets[experts] = arena.group_rows[c.team.rank];
-  to.num_received[0] = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : arena.rank_rows[c.team.rank];
-  to.num_received[1] = arena.rank_rows[c.team.rank];
+  if (c.shape.row_per_expert()) write(&ReceivedCounts::expert_offsets, experts, arena.group_rows[self]);
+  write(&ReceivedCounts::num_received, 0, c.shape.row_per_expert() ? arena.group_rows[self] : arena.rank_rows[self]);
+  write(&ReceivedCounts::num_received, 1, arena.rank_rows[self]);
 }
 
 // A host that waits for the sizes goes on from here. None waits for a launch in a graph, which has no ticket.
@@ -201,19 +207,27 @@ __device__ inline void report_refusal(const Context& c) {
   RefusalReport& report = c.team.mailbox->refusals[c.lane];
   const bool tells = threadIdx.x == 0 && ptx::ld_acquire_sys(&report.read) == c.control.refusals;
   if (!__syncthreads_or(tells)) return;
-  const int64_t bytes = c.num_ranks() * c.sizes.counts_bytes;
-  const auto* from = reinterpret_cast<const int32_t*>(c.own(Region::kCounts, c.lane));
-  auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts + c.lane * bytes);
-  for (int64_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) to[i] = ptx::ld_relaxed_sys(from + i);
+  const auto words = static_cast<int>(c.sizes.counts_bytes / 4);
+  auto* to = reinterpret_cast<int32_t*>(c.team.refused_counts) + int64_t{c.lane} * c.num_ranks() * words;
+  bool ok = true;  // whoever gives up here tells the host, which then does not look at the counts
+  for (int i = threadIdx.x; i < c.num_ranks() * values_of_vector(c); i += blockDim.x) {
+    const int rank = i / values_of_vector(c), idx = i % values_of_vector(c);
+    to[rank * words + idx] = wait_count(c, rank, idx, ok);
+  }
   __syncthreads();
   if (threadIdx.x == 0) ptx::st_release_sys(&report.told, ++c.control.refusals);
 }
 
-// All of D3 after the wait. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at.
-__device__ inline void d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena) {
-  const bool objection = objects(c);
-  sum_counts(c, arena);
-  __syncthreads();
+// All of D3. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at. False in all threads
+// where the kernel has to be left, as it has where one is not `ok` before.
+__device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena, bool ok) {
+  const bool objection = objects(c, ok);
+  ok = sum_counts(c, arena) && ok;
+#pragma unroll 1
+  for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
+    wait_count(c, stream_of(c, idx).peer, node_rows_idx(c.own_node()), ok);
+  }
+  if (!all_of_block(ok)) return false;
   if (c.shape.row_per_expert()) {
     start_groups(c, arena);
     __syncthreads();
@@ -224,12 +238,11 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
     c.shared.num_rank_rows = arena.rank_rows[c.team.rank];
     c.shared.num_rows = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : c.shared.num_rank_rows;
   }
-  if (blockIdx.x != 0) return;
+  if (blockIdx.x != 0) return true;
   if (refused) {
     report_refusal(c);
   } else {
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) write_counts(c, arena, i == 0 ? t.kept.counts : t.result.counts);
+    write_counts(c, t, arena);
     const int local = static_cast<int>(threadIdx.x);
     if (local < c.num_locals()) {
       t.source.rank_bases[local] = c.shared.rank_bases[local];
@@ -238,12 +251,11 @@ __device__ inline void d3_bases(const Context& c, const DispatchTask& t, const B
 #pragma unroll 1
     for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
       const Stream stream = stream_of(c, idx);
-      t.source.stream_counts[idx] = ptx::ld_relaxed_sys(counts_of(c, c.team.rank).node_rows + stream.node);
-      if (c.sizes.num_rounds == 1) {
-        t.relay.round_rows[idx] = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
-      }
+      t.source.stream_counts[idx] = read_count(c, c.team.rank, node_rows_idx(stream.node));
+      if (c.sizes.num_rounds == 1) t.relay.round_rows[idx] = rows_for_node(c, stream.peer);
     }
   }
+  return true;
 }
 
 }  // namespace deep_a2a::cuda

@@ -11,13 +11,14 @@ namespace {
 
 __device__ int row_bytes(const Context& c) { return static_cast<int>(c.shape.max_payload_bytes()); }
 
-// C0, C1: once `own_rows` has summed what it has to, rows are readable, and the side payload is.
+// C0, C1: once `own_rows` has summed what it has to, if `sums`, rows are readable, and the side payload is. What the
+// caller has written is so already.
 template <class OwnRows>
-__device__ bool make_ready(const Context& c, const CombineTask& t, OwnRows&& own_rows) {
+__device__ bool make_ready(const Context& c, const CombineTask& t, bool sums, OwnRows&& own_rows) {
   if (!all_of_block(wait_lane_credit(c, Step::kC0Credit))) return false;
   if (t.args.with_side) c1_side(c, t);
-  own_rows();
-  if (last_block(c, c.control.grid.readied)) {
+  if (sums) own_rows();
+  if (sums || t.args.with_side ? last_block(c, c.control.grid.readied) : blockIdx.x == 0) {
     signal_node(c, Region::kReadyFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
   }
   return true;
@@ -26,7 +27,8 @@ __device__ bool make_ready(const Context& c, const CombineTask& t, OwnRows&& own
 // All steps before C5 with one node: rows that the caller has written are ready at once, own sums become so later, in
 // parts. False where the kernel has to be left.
 __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
-  if (t.half != Half::kReceive && !make_ready(c, t, [] {})) return false;
+  if (t.half != Half::kReceive && !make_ready(c, t, false, [] {})) return false;
+  init_barriers(c.shared.barriers, kMaxBarriers);
   if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return false;
   if (c.shape.row_per_expert()) {
     PushedSums sums(c, t);
@@ -67,10 +69,7 @@ DEEP_A2A_CALL bool sum_tokens(int round) {
 // The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
   const bool sends = t.half != Half::kReceive;
-  const auto own_rows = [&] {
-    if (c.shape.row_per_expert()) sum_own_rows();
-  };
-  if (sends && !make_ready(c, t, own_rows)) return false;
+  if (sends && !make_ready(c, t, c.shape.row_per_expert(), [] { sum_own_rows(); })) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
   const int rounds = c.sizes.num_rounds;
   bool ok = true;
@@ -101,12 +100,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side, t.plan.part_shift));
   begin(c, t);
   if (!sum_rows(c, t) || !last_block(c, c.control.grid.left)) return;
-  if (t.half != Half::kSend) {
-    if (reads_peers(c, t) && !return_rows(c, Step::kC5CreditReturned)) return;
-    if (threadIdx.x == 0) count_wire_bytes(c, t.source, row_wire_bytes(c, t));
-    give_lane_credit(c);
-  }
+  if (t.half != Half::kSend) give_lane_credit(c);
   end(c);
+  if (t.half == Half::kSend) return;
+  if (threadIdx.x == blockDim.x - 1) count_wire_bytes(c, t.source, row_wire_bytes(c, t));
+  if (reads_peers(c, t)) wait_rows_read(c, Step::kC5CreditReturned);
 }
 
 }  // namespace deep_a2a::cuda

@@ -50,14 +50,10 @@ struct Context {
   __device__ bool is_own_expert(int expert) const {
     return static_cast<uint32_t>(expert - sizes.first_expert) < static_cast<uint32_t>(sizes.num_local_experts);
   }
-  // As CountVector::at.
-  __device__ CountVector counts_at(int local, int source) const {
-    return vector_at(region(local, Region::kCounts, lane) + source * sizes.counts_bytes);
-  }
-  __device__ CountVector vector_at(char* base) const {
-    auto* counts = reinterpret_cast<int32_t*>(base + sizeof(CountHeader));
-    return {reinterpret_cast<CountHeader*>(base), counts, counts + sizes.num_nodes,
-            counts + sizes.num_nodes + num_ranks()};
+  // Where a value of a source's count vector lies at a rank of the node, `idx` being its index among the vector's
+  // int32.
+  __device__ uint64_t* count_word(int local, int source, int idx) const {
+    return reinterpret_cast<uint64_t*>(region(local, Region::kCounts, lane) + source * 2 * sizes.counts_bytes) + idx;
   }
 
   __device__ char* region(int local, Region region, int instance) const {

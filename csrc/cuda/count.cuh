@@ -1,5 +1,5 @@
-// D1 count and D2 exchange: how many rows go where, each row's place among this source's rows, and the numbers to all
-// ranks. It is done once, by all SMs: short code, since most of its time it would wait for its own instructions.
+// D1 count: how many rows go where, and each row's place among this source's rows. It is done once, by all SMs: short
+// code, since most of its time it would wait for its own instructions.
 #pragma once
 
 #include "cuda/sync.cuh"
@@ -9,16 +9,18 @@ namespace deep_a2a::cuda {
 
 constexpr int32_t kNoBadEntry = INT32_MAX;
 
-// The counters of D1 in the arena. A row has ranks, experts, streams, as BlockCounts; each warp that counts has one.
+// What D1 and D2 have in the arena. A row of counters has ranks, experts, streams, as BlockCounts.
 struct CountArena {
   int columns;
-  int32_t* rows;   // [warps, columns]
-  int32_t* sums;   // [columns], over the warps
-  int32_t* batch;  // of this warp: the experts of 32 tokens
+  int32_t* vector;  // this rank's count vector
+  int32_t* rows;    // [warps, columns]: of each warp that counts
+  int32_t* sums;    // [columns]: over the warps, then of the blocks before this one
+  int32_t* batch;   // of this warp: the experts of 32 tokens
 
   __device__ CountArena(const Context& c, const DispatchPlan& plan)
       : columns(c.num_ranks() + c.shape.num_experts + num_streams(c)),
-        rows(reinterpret_cast<int32_t*>(c.arena + plan.ring_offset)),
+        vector(reinterpret_cast<int32_t*>(c.arena + plan.ring_offset)),
+        rows(vector + c.sizes.counts_bytes / 4),
         sums(rows + plan.count_warps * columns),
         batch(sums + columns + warp_idx() * kWarpThreads * c.shape.num_topk) {}
   __device__ int32_t* of_warp() const { return rows + warp_idx() * columns; }
@@ -43,14 +45,6 @@ __device__ inline int64_t read_expert(const DispatchArgs& args, int64_t entry) {
                                   : static_cast<const int32_t*>(args.topk_idx)[entry];
 }
 
-// The expert of an entry, -1 for none. One that is out of range is noted, and counts as none.
-__device__ inline int checked_expert(const Context& c, const DispatchArgs& args, int entry) {
-  const int64_t expert = read_expert(args, entry);
-  if (expert >= -1 && expert < c.shape.num_experts) return static_cast<int>(expert);
-  atomicMin(&c.shared.bad_entry, entry);
-  return -1;
-}
-
 enum class Pass : int { kCount, kPlace };
 
 // One warp's walk over its tokens, 32 at a time: to count them, and again, when the counters hold what came before the
@@ -67,26 +61,50 @@ class TokenWalk {
 #pragma unroll 1
     for (int first = tokens.begin; first < tokens.end; first += kWarpThreads) {
       const int count = min(kWarpThreads, tokens.end - first);
-      read_batch(first, count);
+      read_batch(first, count, tokens.end - tokens.begin <= kWarpThreads);
 #pragma unroll 1
       for (int node = 0; node < c_.sizes.num_nodes; ++node) ranks_of_node(first + lane_idx(), lane_idx() < count, node);
-      experts(first, count);
+      if (kPlaces && c_.shape.row_per_expert()) expert_places(first, count);
       __syncwarp();
     }
   }
 
  private:
   static constexpr bool kPlaces = kPass == Pass::kPlace;
+  static constexpr int kTogether = 8;     // entries of a lane, to wait for them together
+  static constexpr int kOutOfRange = -2;  // beside experts and -1
 
-  __device__ void read_batch(int first, int count) const {
-    const int begin = first * c_.shape.num_topk;
-#pragma unroll 4
-    for (int i = lane_idx(); i < count * c_.shape.num_topk; i += kWarpThreads) {
-      const int expert = kPlaces ? t_.source.experts[begin + i] : checked_expert(c_, t_.args, begin + i);
-      if (!kPlaces) t_.source.experts[begin + i] = expert;
-      batch_[i] = expert;
+  // What a warp has counted in one go is still there when it comes back for the places.
+  __device__ void read_batch(int first, int count, bool is_all) const {
+    if (kPlaces && is_all) return;
+    const int begin = first * c_.shape.num_topk, entries = count * c_.shape.num_topk;
+#pragma unroll 1
+    for (int base = lane_idx(); base < entries; base += kTogether * kWarpThreads) {
+      int experts[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) experts[i] = read(begin + min(base + i * kWarpThreads, entries - 1));
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (base + i * kWarpThreads >= entries) continue;
+        batch_[base + i * kWarpThreads] = experts[i];
+        if (!kPlaces) count_entry(begin + base + i * kWarpThreads, experts[i]);
+      }
     }
     __syncwarp();
+  }
+
+  // The expert of an entry, -1 for none.
+  __device__ int read(int entry) const {
+    if (kPlaces) return t_.source.experts[entry];
+    const int64_t expert = read_expert(t_.args, entry);
+    return expert >= -1 && expert < c_.shape.num_experts ? static_cast<int>(expert) : kOutOfRange;
+  }
+
+  // One that is out of range is noted, and counts as none, as a negative one does.
+  __device__ void count_entry(int entry, int expert) const {
+    t_.source.experts[entry] = max(expert, -1);
+    if (expert >= 0) atomicAdd(columns_ + c_.num_ranks() + expert, 1);
+    if (expert == kOutOfRange) atomicMin(&c_.shared.bad_entry, entry);
   }
 
   // The ranks of a node that the lane's token goes to, as bits.
@@ -157,26 +175,19 @@ class TokenWalk {
     if (token == round * c_.shape.round_tokens) t_.source.round_starts[stream * rounds + round] = row;
   }
 
-  // Rows of each expert; their places only where rows are per expert.
-  __device__ void experts(int first, int count) const {
+  // Where rows are per expert: their places.
+  __device__ void expert_places(int first, int count) const {
     int32_t* rows = columns_ + c_.num_ranks();
     const int entries = count * c_.shape.num_topk;
-    if (!kPlaces) {
 #pragma unroll 1
-      for (int i = lane_idx(); i < entries; i += kWarpThreads) {
-        if (batch_[i] >= 0) atomicAdd(rows + batch_[i], 1);
-      }
-    } else if (c_.shape.row_per_expert()) {
-#pragma unroll 1
-      for (int begin = 0; begin < entries; begin += kWarpThreads) {
-        const int i = begin + lane_idx(), expert = i < entries ? batch_[i] : -1;
-        const uint32_t same = __match_any_sync(kFullWarp, expert);
-        const int32_t place = expert >= 0 ? rows[expert] + __popc(same & lanes_below()) : 0;
-        __syncwarp();
-        if (expert >= 0 && (same & lanes_below()) == 0) rows[expert] += __popc(same);
-        __syncwarp();
-        if (i < entries) t_.source.expert_places[first * c_.shape.num_topk + i] = place;
-      }
+    for (int begin = 0; begin < entries; begin += kWarpThreads) {
+      const int i = begin + lane_idx(), expert = i < entries ? batch_[i] : -1;
+      const uint32_t same = __match_any_sync(kFullWarp, expert);
+      const int32_t place = expert >= 0 ? rows[expert] + __popc(same & lanes_below()) : 0;
+      __syncwarp();
+      if (expert >= 0 && (same & lanes_below()) == 0) rows[expert] += __popc(same);
+      __syncwarp();
+      if (i < entries) t_.source.expert_places[first * c_.shape.num_topk + i] = place;
     }
   }
 
@@ -188,6 +199,7 @@ class TokenWalk {
 
 // D1, first pass: what this block's tokens want, into the scratch.
 __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, const CountArena& arena) {
+  constexpr int kTogether = 8;
 #pragma unroll 1
   for (int i = threadIdx.x; i < t.plan.count_warps * arena.columns; i += blockDim.x) arena.rows[i] = 0;
   if (threadIdx.x == 0) c.shared.bad_entry = kNoBadEntry;
@@ -199,12 +211,18 @@ __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, c
 #pragma unroll 1
   for (int i = threadIdx.x; i < arena.columns; i += blockDim.x) {
     int32_t sum = 0;
-#pragma unroll 4
-    for (int warp = 0; warp < t.plan.count_warps; ++warp) {
-      int32_t& rows = arena.rows[warp * arena.columns + i];
-      const int32_t own = rows;
-      rows = sum;
-      sum += own;
+#pragma unroll 1
+    for (int first = 0; first < t.plan.count_warps; first += kTogether) {
+      int32_t rows[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        rows[k] = first + k < t.plan.count_warps ? arena.rows[(first + k) * arena.columns + i] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (first + k < t.plan.count_warps) arena.rows[(first + k) * arena.columns + i] = sum;
+        sum += rows[k];
+      }
     }
     arena.sums[i] = sum;
     if (t.plan.counting == Counting::kShared) counts.columns[i] = sum;
@@ -213,99 +231,6 @@ __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, c
   if (threadIdx.x == 0) *counts.bad_entry = c.shared.bad_entry;
   __syncthreads();
   if (threadIdx.x == 0) grid_arrive(c.control.grid.counted);
-}
-
-// The first bad entry that any block has found; one warp.
-__device__ inline int32_t first_bad_entry(const Context& c, const DispatchTask& t) {
-  int32_t bad = c.shared.bad_entry;
-#pragma unroll 1
-  for (int block = lane_idx(); t.plan.counting == Counting::kShared && block < static_cast<int>(gridDim.x);
-       block += kWarpThreads) {
-    bad = min(bad, ptx::ld_relaxed_sys(BlockCounts::at(c.shape, t.block_counts, block).bad_entry));
-  }
-  return __reduce_min_sync(kFullWarp, bad);
-}
-
-// What this rank was asked to do; one thread.
-__device__ inline void fill_header(const Context& c, const DispatchTask& t, int32_t bad, CountHeader* header) {
-  const RowFormat& format = t.args.format;
-  *header = {t.args.num_tokens, format.payload_bytes, format.scale_bytes, static_cast<int32_t>(c.tag), -1, 0, 0};
-  if (bad == kNoBadEntry) return;
-  header->bad_token = bad / c.shape.num_topk;
-  header->bad_topk = bad % c.shape.num_topk;
-  header->bad_expert = read_expert(t.args, bad);
-}
-
-struct ColumnSums {
-  int32_t before;  // this block
-  int32_t all;
-};
-
-__device__ inline ColumnSums sum_blocks(const DispatchTask& t, const CountArena& arena, int i) {
-  if (t.plan.counting == Counting::kAlone) return {0, arena.sums[i]};
-  ColumnSums sums{0, 0};
-  const int32_t* at = t.block_counts + i;
-#pragma unroll 8
-  for (int block = 0; block < static_cast<int>(gridDim.x); ++block) {
-    const int32_t rows = ptx::ld_relaxed_sys(at + block * (arena.columns + 1));
-    sums.before += block < static_cast<int>(blockIdx.x) ? rows : 0;
-    sums.all += rows;
-  }
-  return sums;
-}
-
-// The count vectors that this block writes: those for the ranks of the node, then the one that is put to rail peers.
-template <class Use>
-__device__ void for_vectors(const Context& c, Use&& use) {
-#pragma unroll 1
-  for (int i = blockIdx.x; i < c.num_locals() + min(num_streams(c), 1); i += gridDim.x) {
-    use(i < c.num_locals() ? c.counts_at(i, c.team.rank) : c.vector_at(c.own(Region::kNetCountsOut, c.lane)));
-  }
-}
-
-// One warp for each rail peer, of the block that has written the vector.
-__device__ inline void put_counts(const Context& c) {
-  if constexpr (kHasNetwork) {
-    if (num_streams(c) == 0 || static_cast<int>(blockIdx.x) != c.num_locals() % static_cast<int>(gridDim.x)) return;
-    for (int idx = warp_idx(); idx < num_streams(c); idx += num_warps()) {
-      const Stream stream = stream_of(c, idx);
-      put_signal_warp(c.own(Region::kNetCountsIn, c.lane) + stream.at_peer * c.sizes.counts_bytes,
-                      c.own(Region::kNetCountsOut, c.lane), c.sizes.counts_bytes,
-                      c.own_word(Region::kNetCountsFlag, stream.at_peer), c.epoch, stream.pe);
-    }
-  }
-}
-
-// D1, rest, and D2: sums over the blocks; the count vector to the ranks of the node, one after another by the blocks,
-// and once to each rail peer.
-__device__ inline void d2_exchange(const Context& c, const DispatchTask& t, const CountArena& arena) {
-  const int of_ranks = c.num_ranks() + c.shape.num_experts;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < arena.columns; i += blockDim.x) {
-    const ColumnSums sums = sum_blocks(t, arena, i);
-#pragma unroll 4
-    for (int warp = 0; sums.before > 0 && warp < t.plan.count_warps; ++warp) {
-      arena.rows[warp * arena.columns + i] += sums.before;
-    }
-    // A vector has the nodes first, then ranks and experts.
-    const int at = i < of_ranks ? c.sizes.num_nodes + i : node_of_stream(c, i - of_ranks);
-    for_vectors(c, [&](const CountVector& to) { to.node_rows[at] = sums.all; });
-  }
-  if (warp_idx() == num_warps() - 1) {  // others have the counters
-    const int32_t bad = first_bad_entry(c, t);
-    if (lane_idx() == 0) {
-      for_vectors(c, [&](const CountVector& to) {
-        fill_header(c, t, bad, to.header);
-        to.node_rows[c.own_node()] = 0;
-      });
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int local = blockIdx.x + threadIdx.x * gridDim.x; local < c.num_locals(); local += gridDim.x * blockDim.x) {
-    signal(c.team, c.word(local, Region::kCountsFlag, c.lane, c.team.rank), c.epoch);
-  }
-  put_counts(c);
 }
 
 // D1, second pass: each row's place among all rows of this source.

@@ -8,6 +8,7 @@ namespace deep_a2a::cuda {
 
 enum class Course : int {
   kGoOn,
+  kDone,     // by this block: another does what is left
   kRefused,  // by all ranks alike: the buffer stays usable
   kAborted   // this rank or another gave up
 };
@@ -45,16 +46,14 @@ __device__ inline Context context_of_call(const CallFrame<Task>& frame) {
 // ---- begin and end
 // ---------------------------------------------------------------------------------------------------
 
-// All threads. Peers that have to say who is late see that this rank has come.
+// All threads.
 template <class Task>
 __device__ inline void begin(const Context& c, const Task& t) {
-  init_barriers(c.shared.barriers, kMaxBarriers);
   if (lane_idx() == 0) c.shared.rings[warp_idx()] = {};
   for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
   for (int i = threadIdx.x; num_streams(c) > 0 && i < c.sizes.num_rounds; i += blockDim.x) c.shared.rounds[i] = 0;
   if (num_streams(c) > 0) keep_for_calls(c, t);
-  if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = 0;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && t.half != Half::kReceive) *c.own_word(Region::kProgress, 0) = c.epoch;
+  if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = c.shared.recorded = 0;
   __syncthreads();
 }
 
@@ -65,9 +64,9 @@ __device__ inline void count_wire_bytes(const Context& c, const SourceHandle& so
   atomicAdd(&c.team.control->wire_bytes, static_cast<unsigned long long>(rows * row_bytes));
 }
 
-// The last block: the lane is ready for the next launch. Nobody else looks at its memory any more.
+// The last block: the lane is ready for the next launch. Nobody else looks at its memory any more; the words that this
+// block may still wait for are in the window.
 __device__ inline void end(const Context& c) {
-  __syncthreads();
   auto* counters = reinterpret_cast<uint32_t*>(&c.control.grid);
   for (unsigned i = threadIdx.x; i < sizeof(c.control.grid) / sizeof(*counters); i += blockDim.x) counters[i] = 0;
   if (threadIdx.x == 0) c.control.epoch = c.epoch;

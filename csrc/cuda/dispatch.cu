@@ -36,7 +36,9 @@ __device__ bool d0_slot_credit(const Context& c, const DispatchTask& t) {
     const SlotCredit credit(c, t, local);
     ok = wait(c, credit.word, credit.uses, Step::kD0SlotCredit, c.neighbour(local));
   }
-  return all_of_block(ok);
+  ok = all_of_block(ok);
+  ptx::fence_proxy_async_global();  // it was read by ordinary loads, now it is overwritten by bulk stores
+  return ok;
 }
 
 // Rows that are pulled lie in one region or another, depending on whether their source has cast them: whoever pulls
@@ -66,10 +68,11 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
   if constexpr (kHasNetwork) {
     if (num_streams(c) == 0) return true;
     bool ok = true;
-    if (!t.cached && threadIdx.x == 0) {
-      ok = t.plan.counting == Counting::kAlone || grid_wait(c, c.control.grid.placed);
-      // The own count vector has been written by another block.
-      ok = ok && wait(c, c.own_word(Region::kCountsFlag, c.team.rank), c.epoch, Step::kD2Exchange, c.team.rank);
+    if (!t.cached) {
+      ok = t.plan.counting == Counting::kAlone || threadIdx.x != 0 || grid_wait(c, c.control.grid.placed);
+      for (int node = threadIdx.x; node < c.sizes.num_nodes; node += blockDim.x) {
+        wait_count(c, c.team.rank, node_rows_idx(node), ok);  // written by another block
+      }
     }
     ptx::fence_proxy_async();  // the arena and credits, used by ordinary accesses, come before bulk copies
     if (!all_of_block(ok)) return false;
@@ -83,18 +86,21 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
 // D1 to D3; shared.refused where all ranks refuse the dispatch. False where the kernel has to be left.
 __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   const CountArena arena(c, t.plan);
-  const bool meets = t.plan.counting == Counting::kShared && threadIdx.x == 0;
+  const bool meets = t.plan.counting == Counting::kShared && threadIdx.x == blockDim.x - 1;  // others wait for credit
+  d1_count_block(c, t, arena);
   d0_look_at_slot(c, t);
   bool ok = wait_lane_credit(c, Step::kD0Credit);
-  d1_count_block(c, t, arena);
   ok = ok && (!meets || grid_wait(c, c.control.grid.counted));
   if (!all_of_block(ok)) return false;
   d2_exchange(c, t, arena);
   d1_place(c, t, arena);
-  if (!send_to_nodes(c, t) || !d3_wait_counts(c)) return false;
-  d3_bases(c, t, BasesArena(c, t.plan));
-  ptx::fence_proxy_async();  // the arena has been written by ordinary stores, now it is by bulk loads
-  if (!all_of_block(!meets || grid_wait(c, c.control.grid.placed))) return false;
+  init_barriers(c.shared.barriers, kMaxBarriers);
+  if (!send_to_nodes(c, t)) return false;
+  if (c.shape.row_per_expert()) d4_prepare_input(c, t);
+  ok = !meets || grid_wait(c, c.control.grid.placed);
+  if (!d3_bases(c, t, BasesArena(c, t.plan), ok)) return false;
+  ptx::fence_proxy_async();  // ordinary accesses of arena and slot, as acquired, come before bulk copies
+  __syncthreads();
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {  // of the warp that has the least to do
     report_counts(c, t.ticket, c.shared.num_rows, c.shared.num_rank_rows);
   }
@@ -103,16 +109,20 @@ __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
 
 // A cached dispatch has nothing to count: the numbers go from the handle to the result.
 __device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
+  init_barriers(c.shared.barriers, kMaxBarriers);
   d0_look_at_slot(c, t);
   if (!all_of_block(wait_lane_credit(c, Step::kD0Credit))) return false;
+  ptx::fence_proxy_async();  // the slot, as acquired, was read by ordinary loads; now it is overwritten by bulk stores
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) {
       t.result.counts[i] = t.kept.counts[i];
     }
     const int32_t* rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received;
-    if (threadIdx.x == 0) report_counts(c, t.ticket, rows[0], rows[1]);
+    if (threadIdx.x == blockDim.x - 1) report_counts(c, t.ticket, rows[0], rows[1]);
   }
-  return send_to_nodes(c, t);
+  if (!send_to_nodes(c, t)) return false;
+  if (c.shape.row_per_expert()) d4_prepare_input(c, t);
+  return true;
 }
 
 // One thread for each rank of the node: what this rank pushes, or gives to be pulled, is there.
@@ -120,35 +130,55 @@ __device__ void tell_sent(const Context& c, int local) {
   signal(c.team, c.word(local, Region::kSentFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
 }
 
+// With one node and rows by rank there is nothing to do on arrival: the routing has been kept while rows were on their
+// way, and one block is enough to wait for the rows.
+__device__ bool routes_early(const Context& c, const DispatchTask& t) {
+  return t.half == Half::kBoth && num_streams(c) == 0 && !c.shape.row_per_expert();
+}
+
+// By the warps that push no rows, layout kRank, when they have sent their records: D6, what the records are for. False
+// where the kernel has to be left.
+__device__ bool exchange_routing(const Context& c, const DispatchTask& t, int first_warp) {
+  const int warps = num_warps() - first_warp;
+  if (!t.cached && last_warp(c.shared.recorded, warps, c.control.grid.recorded) && lane_idx() < c.num_locals()) {
+    signal(c.team, c.word(lane_idx(), Region::kRoutesFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
+  }
+  if (!routes_early(c, t)) return true;
+  if (!t.cached && !warp_waits_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return false;
+  d6_keep_routing(c, t, first_warp);
+  return true;
+}
+
 __device__ Course send_half(const Context& c, const DispatchTask& t) {
   if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
   if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
   if (!d0_slot_credit(c, t)) return Course::kAborted;
-  if (!c.shape.row_per_expert()) {
-    ptx::fence_proxy_async_global();  // what the slot held was read by ordinary loads, now it is overwritten by bulk
-                                      // stores
+  const bool pushes = !c.shape.row_per_expert();
+  const int first_warp = pushes ? t.plan.move_warps : 0;  // that has the routing
+  bool ok = true;
+  if (warp_idx() < first_warp) {
     Pusher(c, t).run();
-    if (num_streams(c) > 0) {  // warps that push nothing begin to relay
-      if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
-        if (lane_idx() < c.num_locals()) tell_sent(c, lane_idx());
-      }
-      return Course::kGoOn;
-    }
   } else {
-    d4_prepare_input(c, t);
-    if (!t.cached) d4_send_records(c, t, BasesArena(c, t.plan).expert_bases);
+    if (!t.cached) d4_send_records(c, t, first_warp);
+    if (pushes) ok = exchange_routing(c, t, first_warp);
   }
-  if (last_block(c, c.control.grid.sent) && threadIdx.x < static_cast<unsigned>(c.num_locals())) {
-    tell_sent(c, static_cast<int>(threadIdx.x));
+  if (pushes && num_streams(c) > 0) {  // warps that push nothing begin to relay
+    if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
+      if (lane_idx() < c.num_locals()) tell_sent(c, lane_idx());
+    }
+    return Course::kGoOn;
   }
-  return Course::kGoOn;
+  if (!all_of_block(ok)) return Course::kAborted;
+  const bool last = last_block(c, c.control.grid.sent);
+  if (last && threadIdx.x < static_cast<unsigned>(c.num_locals())) tell_sent(c, static_cast<int>(threadIdx.x));
+  return last || !routes_early(c, t) ? Course::kGoOn : Course::kDone;
 }
 
 // D5, and D6 for the rows that other relays have stored here. Before that `beside`, by the warps that have something to
 // do there. False where the kernel has to be left.
 template <class Beside>
 __device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
-  if (t.half == Half::kReceive && !t.cached) d3_relay_bases(c, BasesArena(c, t.plan));
+  if (t.half == Half::kReceive && !t.cached && !d3_relay_bases(c, BasesArena(c, t.plan))) return false;
   beside();
   if (!all_of_block(relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
@@ -173,6 +203,8 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   if constexpr (kHasNetwork) {
     if (relays && pulls && !receive_from_nodes(c, t, [&] { pull(c, t); })) return Course::kAborted;
   }
+  if (routes_early(c, t)) return Course::kGoOn;
+  if (!pulls && !t.cached && !wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
   d6_keep_routing(c, t, pulls && !relays ? t.plan.move_warps : 0);  // by the warps that pull nothing
   if (pulls && t.args.zero_padding) d6_zero_padding(c, t);
   return Course::kGoOn;
@@ -183,24 +215,24 @@ __device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
   return t.args.format.payload_bytes + t.args.format.scale_span() + (t.cached ? 0 : c.sizes.record_bytes);
 }
 
-// By the last block, after all others have done their part. A dispatch that is refused has used its slot like any
-// other: the host releases it.
-__device__ Course close(const Context& c, const DispatchTask& t, Course course) {
-  // A thread that does not signal, so that nobody waits for it.
-  if (t.half != Half::kReceive && threadIdx.x == blockDim.x - 1) {
-    ++c.team.control->slots[t.args.slot].uses;
-    if (course == Course::kRefused) {
-      c.control.refused_epoch = c.epoch;
-    } else {
-      count_wire_bytes(c, t.source, row_wire_bytes(c, t));
-    }
+// What the last block writes down. A dispatch that is refused has used its slot like any other: the host releases it.
+__device__ void settle(const Context& c, const DispatchTask& t, Course course) {
+  end(c);
+  if (t.half == Half::kReceive || threadIdx.x != blockDim.x - 1) return;  // a thread that waits for nobody
+  ++c.team.control->slots[t.args.slot].uses;
+  if (course == Course::kRefused) {
+    c.control.refused_epoch = c.epoch;
+  } else {
+    count_wire_bytes(c, t.source, row_wire_bytes(c, t));
   }
-  if (course == Course::kGoOn) {
-    if (t.half == Half::kSend) return course;
-    if (c.shape.row_per_expert() && !return_rows(c, Step::kD6Read)) return Course::kAborted;
-  }
+}
+
+// By the last block, when all is there. False where the kernel has to be left.
+__device__ bool close(const Context& c, const DispatchTask& t, Course course) {
+  if (course == Course::kGoOn && t.half == Half::kSend) return true;
   give_lane_credit(c);
-  return course;
+  const bool is_read = course == Course::kGoOn && c.shape.row_per_expert();  // by peers, who pull
+  return !is_read || wait_rows_read(c, Step::kD6Read);
 }
 
 // Of a dispatch that brought nothing: counts zero, and no expert in any slot. With such a handle combine gives zeros,
@@ -244,11 +276,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     course = send_half(c, t);
   } else if (ptx::ld_relaxed_sys(&c.control.refused_epoch) == c.epoch) {
     return;  // its send half has settled everything
+  } else {
+    init_barriers(c.shared.barriers, kMaxBarriers);
+    __syncthreads();
   }
+  if (course == Course::kDone) return;
+  const bool is_last = course == Course::kGoOn && routes_early(c, t);
+  if (is_last) settle(c, t, course);
   if (course == Course::kGoOn && t.half != Half::kSend) course = receive_half(c, t);
-  if (course != Course::kAborted && last_block(c, c.control.grid.left)) {
-    course = close(c, t, course);
-    end(c);
+  if (course != Course::kAborted && (is_last || last_block(c, c.control.grid.left))) {
+    if (!is_last) settle(c, t, course);
+    if (!close(c, t, course)) course = Course::kAborted;
     if (course == Course::kRefused) clear_result(c, t);
   }
   if (course == Course::kAborted) clear_result(c, t);

@@ -72,17 +72,10 @@ __device__ inline bool d2_relay(const Context& c) {
     ok = __all_sync(kFullWarp, ok) != 0;
     __syncwarp();
     if (!ok) break;
-    const char* from = c.own(Region::kNetCountsIn, c.lane) + idx * c.sizes.counts_bytes;
-    for (int64_t offset = lane_idx() * 16; offset < c.sizes.counts_bytes; offset += kWarpThreads * 16) {
-      const uint4 piece = *reinterpret_cast<const uint4*>(from + offset);
-      for (int local = 0; local < c.num_locals(); ++local) {
-        char* to = c.region(local, Region::kCounts, c.lane) + stream.peer * c.sizes.counts_bytes;
-        *reinterpret_cast<uint4*>(to + offset) = piece;
-      }
-    }
-    __syncwarp();
-    if (lane_idx() < c.num_locals()) {
-      signal(c.team, c.word(lane_idx(), Region::kCountsFlag, c.lane, stream.peer), c.epoch);
+    const auto* from =
+        reinterpret_cast<const int32_t*>(c.own(Region::kNetCountsIn, c.lane) + idx * c.sizes.counts_bytes);
+    for (int i = lane_idx(); i < values_of_vector(c); i += kWarpThreads) {
+      for (int local = 0; local < c.num_locals(); ++local) store_count(c, local, stream.peer, i, from[i]);
     }
   }
   return ok;

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/cast.cuh"
+#include "cuda/count_words.cuh"
 #include "cuda/stages.cuh"
-#include "cuda/sync.cuh"
 
 namespace deep_a2a::cuda {
 
@@ -18,8 +18,7 @@ __device__ inline int rows_before_round(const Context& c, const DispatchTask& t,
     return t.source.round_starts[stream * c.sizes.num_rounds + round];
   }
   if (t.cached) return t.source.stream_counts[stream];
-  const CountVector own = c.counts_at(c.local_rank(), c.team.rank);
-  return ptx::ld_relaxed_sys(own.node_rows + stream_of(c, stream).node);
+  return read_count(c, c.team.rank, node_rows_idx(stream_of(c, stream).node));
 }
 
 // Makes the rows of streams and puts them, by a warp with a ring, which stays full from one chunk to the next. In its
@@ -38,7 +37,7 @@ class Packer {
       return;
     }
     move_items(
-        stages_, casts() ? Refill::kAtOnce : Refill::kOneLater,
+        stages_,
         [&](int stage, bool) {
           while (rows_left_ == 0) {
             if (!next(chunk_)) return false;

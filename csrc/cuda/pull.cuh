@@ -14,17 +14,28 @@ __device__ inline Region pulled_region(const DispatchTask& t) {
   return t.args.cast == Cast::kNone ? Region::kInputRows : Region::kCastRows;
 }
 
-// Given scales, to where peers find them, in pieces as large as their place allows.
+// Given scales, to where peers find them, in pieces as large as their place allows; a warp for some rows at a time.
 template <class Piece>
 __device__ inline void copy_scale_rows(const DispatchTask& t, char* to, int to_pitch) {
-  const auto pieces = static_cast<unsigned>(t.args.format.scale_bytes) / static_cast<unsigned>(sizeof(Piece));
-  const unsigned all = static_cast<unsigned>(t.args.num_tokens) * pieces, step = gridDim.x * blockDim.x;
+  constexpr int kTogether = sizeof(Piece) == sizeof(uint4) ? 8 : 1;  // to wait for them together
+  const int pieces = t.args.format.scale_bytes / static_cast<int>(sizeof(Piece)), step = all_warps();
   const auto* from = static_cast<const char*>(t.args.scales);
-#pragma unroll 4
-  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
-    const unsigned token = i / pieces, piece = i % pieces;
-    reinterpret_cast<Piece*>(to + int64_t{token} * to_pitch)[piece] =
-        reinterpret_cast<const Piece*>(from + token * t.args.scales_pitch)[piece];
+#pragma unroll 1
+  for (int first = grid_warp_idx(); first < t.args.num_tokens; first += kTogether * step) {
+#pragma unroll 1
+    for (int piece = lane_idx(); piece < pieces; piece += kWarpThreads) {
+      Piece values[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t token = min(first + i * step, t.args.num_tokens - 1);
+        values[i] = reinterpret_cast<const Piece*>(from + token * t.args.scales_pitch)[piece];
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t token = first + i * step;
+        if (token < t.args.num_tokens) reinterpret_cast<Piece*>(to + token * to_pitch)[piece] = values[i];
+      }
+    }
   }
 }
 
@@ -83,18 +94,12 @@ class Puller {
 
   // Items go round the sources of the node, starting behind the own rank, so that all links are busy at once.
   __device__ void run() {
-    const int most = __reduce_max_sync(kFullWarp, rows_from_);
-    const int num_items = most * c_.num_locals() * t_.plan.num_chunks;
-    const int first = warp_idx() < t_.plan.push_warps ? grid_warp_idx() : num_items;
-    const int step = t_.plan.push_warps * static_cast<int>(gridDim.x);
-    next_ = fetch(first, num_items);
-    move_every(
-        stages_, Refill::kOneLater, first, step, num_items,
-        [&](int item, int stage) {
-          load(next_, item, stage);
-          next_ = fetch(item + step, num_items);
-        },
-        [&](int item, int stage) { store(item, stage); });
+    const int end = __reduce_max_sync(kFullWarp, rows_from_) * c_.num_locals();
+    RowTasks rows(c_.control.grid.moved_rows, t_.plan.push_warps, end);
+    move_rows(
+        stages_, rows, [&](int row) { return fetch(row, end); },
+        [&](const PullItem& item, int, int chunk, int stage) { load(item, chunk, stage); },
+        [&](int chunk, int stage) { store(chunk, stage); });
   }
 
  private:
@@ -105,13 +110,12 @@ class Puller {
     return __reduce_add_sync(kFullWarp, rows);
   }
 
-  __device__ PullItem fetch(int item, int num_items) const {
+  __device__ PullItem fetch(int row, int end) const {
     PullItem it;
-    const int row = item / t_.plan.num_chunks;
     const int source = (c_.local_rank() + 1 + row % c_.num_locals()) % c_.num_locals();
     const int row_of_source = row / c_.num_locals();
     const int32_t rows = __shfl_sync(kFullWarp, rows_from_, source), start = __shfl_sync(kFullWarp, start_of_, source);
-    if (item >= num_items || row_of_source >= rows) return it;
+    if (row >= end || row_of_source >= rows) return it;
     fetch_row(it, start + row_of_source, source);
     return it;
   }
@@ -130,8 +134,8 @@ class Puller {
     return min(t_.plan.chunk_bytes, t_.args.format.payload_bytes - chunk * t_.plan.chunk_bytes);
   }
 
-  __device__ void load(const PullItem& it, int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks, span = t_.args.format.scale_span();
+  __device__ void load(const PullItem& it, int chunk, int stage) {
+    const int span = t_.args.format.scale_span();
     stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
     if (span > 0) ptx::fence_proxy_async_shared();  // scales have been read by ordinary loads
     __syncwarp();
@@ -151,8 +155,7 @@ class Puller {
     ptx::bulk_load(stages_.scales(stage), scales + int64_t{it.from_row} * t_.args.format.scale_pitch(), span, full);
   }
 
-  __device__ void store(int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks;
+  __device__ void store(int chunk, int stage) {
     const int64_t row = stages_.kept_row(stage);
     if (row >= 0) {
       char* to = rows_ + row * t_.args.format.payload_bytes + chunk * t_.plan.chunk_bytes;
@@ -182,7 +185,6 @@ class Puller {
   char* scales_;
   int32_t rows_from_;  // rank rows that come from the lane's source, a rank of the node
   int32_t start_of_;   // the first of them
-  PullItem next_;
 };
 
 }  // namespace deep_a2a::cuda

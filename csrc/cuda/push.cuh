@@ -1,6 +1,6 @@
 // D4 send, layout kRank: each row once into shared memory, from there once to every destination rank, straight to its
-// final row. A cast to FP8 happens in between. Scales and the route record go along by ordinary stores: for the bulk
-// engine of an SM a copy of a few bytes is as long as one of a kilobyte.
+// final row. A cast to FP8 happens in between. Scales go along by ordinary stores: for the bulk engine of an SM a copy
+// of a few bytes is as long as one of a kilobyte.
 #pragma once
 
 #include "cuda/cast.cuh"
@@ -8,14 +8,6 @@
 #include "cuda/sync.cuh"
 
 namespace deep_a2a::cuda {
-
-// What a lane has to know of an item, fetched while the item before it is under way: as a destination its place there,
-// as a top-k slot its expert and weight.
-struct PushItem {
-  int32_t place = -1;
-  int32_t expert = -1;
-  float weight = 0.0f;
-};
 
 class Pusher {
  public:
@@ -32,31 +24,18 @@ class Pusher {
   }
 
   __device__ void run() {
-    const int num_items = t_.args.num_tokens * t_.plan.num_chunks;
-    const int first = warp_idx() < t_.plan.push_warps ? grid_warp_idx() : num_items;
-    const int step = t_.plan.push_warps * static_cast<int>(gridDim.x);
-    next_ = fetch(first);
-    move_every(
-        stages_, casts() ? Refill::kAtOnce : Refill::kOneLater, first, step, num_items,
-        [&](int item, int stage) {
-          load(next_, item, stage);
-          next_ = fetch(item + step);
-        },
-        [&](int item, int stage) { store(item, stage); });
+    RowTasks tokens(c_.control.grid.moved_rows, t_.plan.push_warps, t_.args.num_tokens);
+    move_rows(
+        stages_, tokens, [&](int token) { return fetch_place(token); },
+        [&](int32_t place, int token, int chunk, int stage) { load(place, token, chunk, stage); },
+        [&](int chunk, int stage) { store(chunk, stage); });
   }
 
  private:
-  __device__ PushItem fetch(int item) const {
-    PushItem it;
-    const int token = item / t_.plan.num_chunks;
-    if (token >= t_.args.num_tokens) return it;
-    if (lane_idx() < c_.num_locals()) it.place = t_.source.rank_places[int64_t{token} * c_.num_locals() + dest_];
-    if (!t_.cached && lane_idx() < c_.shape.num_topk) {
-      const int64_t entry = int64_t{token} * c_.shape.num_topk + lane_idx();
-      it.expert = t_.source.experts[entry];
-      it.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
-    }
-    return it;
+  // At the lane's destination.
+  __device__ int32_t fetch_place(int token) const {
+    if (token >= t_.args.num_tokens || lane_idx() >= c_.num_locals()) return -1;
+    return t_.source.rank_places[int64_t{token} * c_.num_locals() + dest_];
   }
 
   __device__ bool casts() const { return t_.args.cast != Cast::kNone; }
@@ -65,21 +44,13 @@ class Pusher {
     return min(t_.plan.chunk_bytes, row - chunk * t_.plan.chunk_bytes);
   }
 
-  __device__ void load(const PushItem& it, int item, int stage) {
-    const int token = item / t_.plan.num_chunks, chunk = item % t_.plan.num_chunks;
+  __device__ void load(int32_t place, int token, int chunk, int stage) {
     if (casts()) ptx::fence_proxy_async_shared();  // it has read and written what the load overwrites
     __syncwarp();
-    const bool wanted = __any_sync(kFullWarp, it.place >= 0);
+    const bool wanted = __any_sync(kFullWarp, place >= 0);
     if (lane_idx() == 0) load_payload(token, chunk, stages_.payload(stage), stages_.full + stage, wanted);
-    stages_.keep_row(stage, it.place >= 0 ? it.place + base_ : -1);
-    if (wanted && chunk == 0) {
-      if (!t_.cached && lane_idx() < c_.shape.num_topk) {
-        const RouteRecord record = RouteRecord::at(c_.shape, stages_.record(stage));
-        record.experts[lane_idx()] = it.expert;
-        record.weights[lane_idx()] = it.weight;
-      }
-      copy_scales(token, stage);
-    }
+    stages_.keep_row(stage, place >= 0 ? place + base_ : -1);
+    if (wanted && chunk == 0) copy_scales(token, stage);
     __syncwarp();
   }
 
@@ -100,8 +71,7 @@ class Pusher {
     copy_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);
   }
 
-  __device__ void store(int item, int stage) {
-    const int chunk = item % t_.plan.num_chunks;
+  __device__ void store(int chunk, int stage) {
     const int64_t row = stages_.kept_row(stage);
     if (!__any_sync(kFullWarp, row >= 0)) return;
     int payload = input_bytes(chunk), payload_offset = chunk * t_.plan.chunk_bytes;
@@ -119,23 +89,20 @@ class Pusher {
     if (row >= 0) {
       ptx::bulk_store(rows_ + row * t_.args.format.payload_bytes + payload_offset, stages_.payload(stage), payload);
     }
-    store_side(stage, scales, scales_offset, chunk == 0 && !t_.cached ? static_cast<int>(c_.sizes.record_bytes) : 0);
+    store_scales(stage, scales, scales_offset);
   }
 
-  // Scales and record of a row to all its ranks: the warp stores both at once.
-  __device__ void store_side(int stage, int scales, int scales_offset, int record) const {
-    for (int offset = lane_idx() * 16; offset < scales + record; offset += kWarpThreads * 16) {
-      const bool of_scales = offset < scales;
-      const char* from = of_scales ? stages_.scales(stage) + offset : stages_.record(stage) + (offset - scales);
-      const uint4 value = *reinterpret_cast<const uint4*>(from);
-      const int64_t first = of_scales
-                                ? c_.team.layout.offset(Region::kRecvScales, t_.args.slot) + scales_offset + offset
-                                : c_.team.layout.offset(Region::kRecvRoutes, t_.args.slot) + (offset - scales);
-      const int64_t pitch = of_scales ? t_.args.format.scale_pitch() : c_.sizes.record_bytes;
+  // A row's, to all its ranks.
+  __device__ void store_scales(int stage, int scales, int scales_offset) const {
+    const int64_t first = c_.team.layout.offset(Region::kRecvScales, t_.args.slot) + scales_offset;
+    for (int offset = lane_idx() * 16; offset < scales; offset += kWarpThreads * 16) {
+      const uint4 value = *reinterpret_cast<const uint4*>(stages_.scales(stage) + offset);
       for (int i = 0, dest = c_.local_rank(); i < c_.num_locals(); ++i) {
         if (++dest == c_.num_locals()) dest = 0;  // as dest_ of lane i
-        const int32_t row = stages_.row_of(stage, i);
-        if (row >= 0) *reinterpret_cast<uint4*>(c_.team.windows[dest] + first + row * pitch) = value;
+        const int64_t row = stages_.row_of(stage, i);
+        if (row < 0) continue;
+        char* to = c_.team.windows[dest] + first + row * t_.args.format.scale_pitch() + offset;
+        *reinterpret_cast<uint4*>(to) = value;
       }
     }
   }
@@ -146,7 +113,6 @@ class Pusher {
   const int dest_;      // the lane's destination rank, local; ranks start with different ones
   const int32_t base_;  // of this source's rows there
   char* rows_ = nullptr;
-  PushItem next_;
 };
 
 }  // namespace deep_a2a::cuda

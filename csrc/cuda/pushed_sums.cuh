@@ -164,7 +164,7 @@ class PushedSums {
   // For the parts of a token; tokens ascend, so parts do. False where the kernel has to be left.
   __device__ bool wait_ready(int part) {
     if (!__any_sync(kFullWarp, part > seen_)) return true;
-    const bool ok = part <= seen_ || wait_epoch(c_, part_word(part), Step::kC2Gather, c_.neighbour(lane_idx()));
+    const bool ok = part <= seen_ || wait_epoch(c_, part_word(part), Step::kC2Gather, c_.neighbour(lane_idx())) != 0;
     seen_ = max(seen_, part);
     __syncwarp();
     return __all_sync(kFullWarp, ok) != 0;

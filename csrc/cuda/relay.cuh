@@ -12,13 +12,14 @@ __device__ inline bool drain_streams(const Context& c) {
   if (idx < 0) return true;
   const Stream stream = stream_of(c, idx);
   const int rounds = c.sizes.num_rounds;
-  int rows = ptx::ld_relaxed_sys(counts_of(c, stream.peer).node_rows + c.own_node());
+  int rows = rows_for_node(c, stream.peer);
   bool ok = true;
   for (int round = 0; round < min(rounds, kStagedRounds); ++round) {
     for (int chunk = 0; ok && (chunk * c.sizes.rows_per_chunk < rows || (rounds > 1 && chunk == 0)); ++chunk) {
       const uint64_t* word = c.own_word(Region::kChunkFlag, chunk_word_idx(c, idx, round, chunk));
-      ok = wait_epoch(c, word, Step::kD5Relay, stream.peer);
-      if (ok && rounds > 1) rows = Tag::rows_of(ptx::ld_relaxed_sys(word));
+      const uint64_t acquired = wait_epoch(c, word, Step::kD5Relay, stream.peer);
+      ok = acquired != 0;
+      if (ok && rounds > 1) rows = Tag::rows_of(acquired);
     }
   }
   return ok;
@@ -42,7 +43,7 @@ class Relay {
     const int rounds = c_.sizes.num_rounds;
     int32_t& kept = t_.relay.round_rows[stream * rounds + round];
     if (t_.cached) return kept;
-    if (rounds == 1) return ptx::ld_relaxed_sys(counts_of(c_, stream_of(c_, stream).peer).node_rows + c_.own_node());
+    if (rounds == 1) return rows_for_node(c_, stream_of(c_, stream).peer);
     int rows = 0;
     if (!wait_chunk(c_, stream, round, 0, Step::kD5Relay, rows)) return -1;
     kept = rows;  // all who write it write the same
@@ -53,7 +54,7 @@ class Relay {
   template <class Next>
   __device__ bool run(Next&& next) {
     move_items(
-        stages_, Refill::kOneLater,
+        stages_,
         [&](int stage, bool waits) {
           while (rows_left_ == 0) {
             if (!has_come(next, waits)) return false;
@@ -146,7 +147,7 @@ class Relay {
   __device__ void load(int stage) {
     const bool is_last = piece_ == last_piece_;
     const RouteEntry route = final_route();
-    if (lane_idx() < c_.shape.num_topk) reinterpret_cast<RouteEntry*>(stages_.record(stage))[lane_idx()] = route;
+    if (lane_idx() < c_.shape.num_topk) reinterpret_cast<RouteEntry*>(stages_.routes(stage))[lane_idx()] = route;
     if (lane_idx() == 0) {
       stages_.item<Item>(stage) = {chunk_, piece_, is_last && rows_left_ == 1};
       const int bytes = piece_bytes(piece_) + scale_bytes(piece_);
@@ -168,7 +169,7 @@ class Relay {
     const Item item = stages_.item<Item>(stage);
     const int bytes = piece_bytes(item.piece), scales = scale_bytes(item.piece);
     RouteEntry route{-1, 0.0f, -1, -1};
-    if (lane_idx() < c_.shape.num_topk) route = reinterpret_cast<const RouteEntry*>(stages_.record(stage))[lane_idx()];
+    if (lane_idx() < c_.shape.num_topk) route = reinterpret_cast<const RouteEntry*>(stages_.routes(stage))[lane_idx()];
     const Target target = target_of(route);
     char* window = of_lane(window_, max(target.local, 0));
     if (target.local >= 0) {
@@ -245,12 +246,12 @@ class Relay {
 };
 
 // The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
-__device__ inline void d3_relay_bases(const Context& c, const BasesArena& arena) {
-  sum_counts(c, arena);
-  __syncthreads();
+__device__ inline bool d3_relay_bases(const Context& c, const BasesArena& arena) {
+  if (!all_of_block(sum_counts(c, arena))) return false;
   if (c.shape.row_per_expert()) start_groups(c, arena);
   ptx::fence_proxy_async();  // the arena has been written by ordinary stores, later it is by bulk loads
   __syncthreads();
+  return true;
 }
 
 // D5 where all rounds have room at once, which is mostly one. False where the kernel has to be left.

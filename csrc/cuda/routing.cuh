@@ -1,8 +1,7 @@
-// Route records: written by the source for rows that are pulled, read by the receiver at arrival.
+// Route records: written by the source, read by the receiver.
 #pragma once
 
-#include "cuda/sync.cuh"
-#include "cuda/task.hpp"
+#include "cuda/bases.cuh"
 
 namespace deep_a2a::cuda {
 
@@ -10,39 +9,6 @@ __device__ inline RouteRecord own_record(const Context& c, const DispatchTask& t
   char* records = c.own(Region::kRecvRoutes, t.args.slot);
   return RouteRecord::at(c.shape, records + rank_row * c.sizes.record_bytes);
 }
-
-// D4, rows that are pulled: the records alone go to the receivers. A warp takes as many (token, rank) pairs at a time
-// as its lanes have top-k slots for.
-__device__ inline void d4_send_records(const Context& c, const DispatchTask& t, const int32_t* expert_bases) {
-  int slots = 1;
-  while (slots < c.shape.num_topk) slots *= 2;
-  const int together = kWarpThreads / slots, slot = lane_idx() % slots;
-  const int pairs = t.args.num_tokens * c.num_locals(), step = num_warps() * static_cast<int>(gridDim.x) * together;
-#pragma unroll 4
-  for (int pair = grid_warp_idx() * together + lane_idx() / slots; pair < pairs; pair += step) {
-    const int token = pair / c.num_locals(), local = (pair + c.local_rank() + 1) % c.num_locals();
-    const int64_t entry = int64_t{token} * c.shape.num_topk + min(slot, c.shape.num_topk - 1);
-    const int32_t place = t.source.rank_places[int64_t{token} * c.num_locals() + local];
-    const int32_t expert = t.source.experts[entry], expert_place = t.source.expert_places[entry];
-    const float weight = t.args.topk_weights != nullptr ? t.args.topk_weights[entry] : 1.0f;
-    if (place < 0 || slot >= c.shape.num_topk) continue;
-    char* records = c.region(local, Region::kRecvRoutes, t.args.slot);
-    const int64_t row = place + c.shared.rank_bases[local];
-    const RouteRecord to = RouteRecord::at(c.shape, records + row * c.sizes.record_bytes);
-    if (slot == 0) *to.from_row = token;
-    to.experts[slot] = expert;
-    to.weights[slot] = weight;
-    to.expert_rows[slot] = expert < 0 ? -1 : expert_place + expert_bases[expert];
-  }
-}
-
-// What a receiver keeps of kWidth top-k slots of a rank row: nothing of other ranks' experts.
-template <int kWidth>
-struct alignas(4 * kWidth) KeptRoutes {
-  int32_t experts[kWidth];
-  float weights[kWidth];
-  int32_t rows[kWidth];
-};
 
 // kWidth words that follow each other, in one access.
 template <int kWidth, class T>
@@ -54,6 +20,105 @@ __device__ inline void copy_words(T* to, const T* from) {
     *to = *from;
   }
 }
+
+// What a lane sends: kWidth top-k slots of a token to one rank of the node.
+template <int kWidth>
+struct alignas(4 * kWidth) SentRoutes {
+  int32_t experts[kWidth];
+  float weights[kWidth];
+  int32_t rows[kWidth];  // places of expert rows, until bases are added
+  int32_t place = -1;    // of the rank row; -1 for none
+};
+
+// The same slots of one token after another, for one rank.
+template <int kWidth>
+class RouteSender {
+ public:
+  __device__ RouteSender(const Context& c, const DispatchTask& t, int local, int slot)
+      : c_(c),
+        t_(t),
+        local_(local),
+        slot_(slot),
+        base_(c.shared.rank_bases[local]),
+        records_(c.region(local, Region::kRecvRoutes, t.args.slot)) {}
+
+  __device__ void fetch(int token, SentRoutes<kWidth>& routes) const {
+    const int64_t entry = int64_t{token} * c_.shape.num_topk + slot_;
+    routes.place = t_.source.rank_places[int64_t{token} * c_.num_locals() + local_];
+    copy_words<kWidth>(routes.experts, t_.source.experts + entry);
+    if (c_.shape.row_per_expert()) copy_words<kWidth>(routes.rows, t_.source.expert_places + entry);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {  // the caller's weights lie as they like
+      routes.weights[i] = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry + i] : 1.0f;
+    }
+  }
+
+  __device__ void send(int token, SentRoutes<kWidth>& routes, const int32_t* expert_bases) const {
+    if (routes.place < 0) return;
+    const RouteRecord to = RouteRecord::at(c_.shape, records_ + int64_t{routes.place + base_} * c_.sizes.record_bytes);
+    copy_words<kWidth>(to.experts + slot_, routes.experts);
+    copy_words<kWidth>(to.weights + slot_, routes.weights);
+    if (!c_.shape.row_per_expert()) return;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      routes.rows[i] = routes.experts[i] < 0 ? -1 : routes.rows[i] + expert_bases[routes.experts[i]];
+    }
+    copy_words<kWidth>(to.expert_rows + slot_, routes.rows);
+    if (slot_ == 0) *to.from_row = token;
+  }
+
+ private:
+  const Context& c_;
+  const DispatchTask& t_;
+  const int local_;
+  const int slot_;
+  const int32_t base_;
+  char* const records_;
+};
+
+// A warp sends as many tokens at a time as it has lanes for their records.
+template <int kWidth>
+__device__ inline void send_records(const Context& c, const DispatchTask& t, int first_warp) {
+  constexpr int kTogether = kWidth == 4 ? 4 : 1;  // to wait for them together
+  const int32_t* expert_bases = BasesArena(c, t.plan).expert_bases;
+  const int of_record = c.shape.num_topk / kWidth, of_token = of_record * c.num_locals();
+  const int tokens = max(1, kWarpThreads / of_token), blocks = static_cast<int>(gridDim.x);
+  const int warp = (warp_idx() - first_warp) * blocks + static_cast<int>(blockIdx.x);
+  const int begin = warp * tokens + lane_idx() / of_token, step = (num_warps() - first_warp) * blocks * tokens;
+  if (lane_idx() / of_token >= tokens) return;
+#pragma unroll 1
+  for (int part = lane_idx() % of_token; part < of_token; part += kWarpThreads) {
+    const int local = (part / of_record + c.local_rank() + 1) % c.num_locals();
+    const RouteSender<kWidth> sender(c, t, local, part % of_record * kWidth);
+#pragma unroll 1
+    for (int first = begin; first < t.args.num_tokens; first += kTogether * step) {
+      SentRoutes<kWidth> routes[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i * step < t.args.num_tokens) sender.fetch(first + i * step, routes[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) sender.send(first + i * step, routes[i], expert_bases);
+    }
+  }
+}
+
+// D4: the records go to the receivers of the node. By the warps from `first_warp` on.
+__device__ inline void d4_send_records(const Context& c, const DispatchTask& t, int first_warp) {
+  if (c.shape.num_topk % 4 == 0) {
+    send_records<4>(c, t, first_warp);
+  } else {
+    send_records<1>(c, t, first_warp);
+  }
+}
+
+// What a receiver keeps of kWidth top-k slots of a rank row: nothing of other ranks' experts.
+template <int kWidth>
+struct alignas(4 * kWidth) KeptRoutes {
+  int32_t experts[kWidth];
+  float weights[kWidth];
+  int32_t rows[kWidth];
+};
 
 template <int kWidth>
 __device__ inline void write_routes(const ReceivedRouting& to, int64_t entry, const KeptRoutes<kWidth>& routes) {

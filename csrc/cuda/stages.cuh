@@ -21,7 +21,7 @@ struct Stages {
         at(c.shared.rings[warp_idx()]) {}
   __device__ char* payload(int stage) const { return memory + stage * plan.stage_bytes; }
   __device__ char* scales(int stage) const { return payload(stage) + plan.side_offset; }
-  __device__ char* record(int stage) const { return payload(stage) + plan.record_offset; }
+  __device__ char* routes(int stage) const { return payload(stage) + plan.routes_offset; }
   __device__ void keep_row(int stage, int32_t row) const {
     if (lane_idx() < plan.num_targets) rows(stage)[lane_idx()] = row;
   }
@@ -39,19 +39,17 @@ struct Stages {
   __device__ int32_t* rows(int stage) const { return reinterpret_cast<int32_t*>(payload(stage) + plan.rows_offset); }
 };
 
-// How many items have been stored when the stage of the first of them is loaded again. Where an item is worked on, at
-// once: the work of the next one hides the load. Where stores are all there is to do, one later: they are then behind
-// each other without a gap.
-enum class Refill : int { kAtOnce = 1, kOneLater = 2 };
-
 // Runs one warp's items through its ring. load(stage, waits) starts the loads of the next item and arrives at the
 // stage's barrier once; false where there is no item, or, unless it `waits`, not yet. store(stage) issues the stores of
-// the item that was loaded first. Returns when there are no more items and all stores are complete.
+// the item that was loaded first. A stage is loaded again when the item behind it has been stored, too, so that the
+// stores of two items follow each other without a gap. Returns when there are no more items and all stores are
+// complete.
 template <class Load, class Store>
-__device__ void move_items(const Stages& stages, Refill refill, Load&& load, Store&& store) {
+__device__ void move_items(const Stages& stages, Load&& load, Store&& store) {
   const int num_stages = stages.plan.num_stages;
   RingPosition filling = stages.at, storing = filling;
-  int room = num_stages, loaded = 0, unread = 0;
+  int room = num_stages, loaded = 0;
+  bool is_read_later = false;
   while (true) {
 #pragma unroll 1
     while (room > 0 && load(filling.stage, loaded == 0)) {
@@ -65,15 +63,12 @@ __device__ void move_items(const Stages& stages, Refill refill, Load&& load, Sto
     ptx::bulk_commit();
     storing.advance(num_stages);
     --loaded;
-    if (++unread < static_cast<int>(refill)) continue;
-    if (refill == Refill::kAtOnce) {
-      ptx::bulk_wait_read<0>();
-    } else {
+    if (is_read_later) {
       ptx::bulk_wait_read<1>();
+      __syncwarp();
+      ++room;
     }
-    __syncwarp();
-    --unread;
-    ++room;
+    is_read_later = true;
   }
   ptx::bulk_wait<0>();
   __syncwarp();
@@ -81,22 +76,58 @@ __device__ void move_items(const Stages& stages, Refill refill, Load&& load, Sto
   __syncwarp();
 }
 
-// The same for the items `first`, `first + step` and so on below `end`: load(item, stage), store(item, stage).
-template <class Load, class Store>
-__device__ void move_every(const Stages& stages, Refill refill, int first, int step, int end, Load&& load,
-                           Store&& store) {
-  int loading = first, storing = first;
+// Rows that warps take as they come, since some SMs are faster than others. The first two of each warp are fixed, so
+// that few rows are divided evenly; from then on the row after the next is asked of a counter of the grid.
+class RowTasks {
+ public:
+  __device__ RowTasks(uint32_t& taken, int warps, int end)
+      : taken_(taken),
+        fixed_(2 * warps * static_cast<int>(gridDim.x)),
+        end_(end),
+        row_(warp_idx() < warps ? grid_warp_idx() : end),
+        next_(row_ + fixed_ / 2) {}
+  __device__ int row() const { return row_; }
+  __device__ bool is_over() const { return row_ >= end_; }
+  __device__ void advance() {
+    row_ = __shfl_sync(kFullWarp, next_, 0);
+    if (!is_over() && lane_idx() == 0) next_ = fixed_ + static_cast<int>(atomicAdd(&taken_, 1u));
+  }
+
+ private:
+  uint32_t& taken_;
+  const int fixed_;
+  const int end_;
+  int row_;
+  int next_;  // known to the first lane
+};
+
+// Runs the rows of `tasks` through a warp's ring, each in `plan.num_chunks` pieces: load(item, row, chunk, stage),
+// store(chunk, stage). item = fetch(row) is called a row ahead, so that what it loads is there by then; a row behind
+// the last is none.
+template <class Fetch, class Load, class Store>
+__device__ void move_rows(const Stages& stages, RowTasks& tasks, Fetch&& fetch, Load&& load, Store&& store) {
+  const int num_chunks = stages.plan.num_chunks;
+  int row = 0, loading = 0, storing = 0;
+  auto next = fetch(tasks.row()), item = next;
   move_items(
-      stages, refill,
+      stages,
       [&](int stage, bool) {
-        if (loading >= end) return false;
-        load(loading, stage);
-        loading += step;
+        if (loading == 0) {
+          if (tasks.is_over()) return false;
+          row = tasks.row();
+          item = next;
+        }
+        load(item, row, loading, stage);
+        if (loading == 0) {
+          tasks.advance();
+          next = fetch(tasks.row());
+        }
+        if (++loading == num_chunks) loading = 0;
         return true;
       },
       [&](int stage) {
         store(storing, stage);
-        storing += step;
+        if (++storing == num_chunks) storing = 0;
       });
 }
 

@@ -73,18 +73,18 @@ DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
   }
 }
 
+// The first look acquires at once: credits have mostly come long before.
 __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
+  if (ptx::ld_acquire_sys(word) >= expected) return true;
   if (!keep_waiting(c.team, WindowWord{word}, {step, peer, c.lane, c.epoch, expected})) return false;
   ptx::ld_acquire_sys(word);
   return true;
 }
 
-// For a word with a tag, whatever the tag is.
-__device__ inline bool wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
+// For a word with a tag, whatever the tag is: what has been acquired; 0 where the kernel has to be left.
+__device__ inline uint64_t wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
   const WindowWord epoch{word, Tag::kBits + Tag::kRowBits};
-  if (!keep_waiting(c.team, epoch, {step, peer, c.lane, c.epoch, c.epoch})) return false;
-  ptx::ld_acquire_sys(word);
-  return true;
+  return keep_waiting(c.team, epoch, {step, peer, c.lane, c.epoch, c.epoch}) ? ptx::ld_acquire_sys(word) : 0;
 }
 
 // Another call than the own one has been acquired. What an aborted operation has left behind is none.
@@ -98,8 +98,9 @@ DEEP_A2A_COLD void report_mismatch(const Team& team, Wait w, uint32_t seen) {
 
 // Gives up where the tag is not the own one.
 __device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
-  if (!wait_epoch(c, word, step, peer)) return false;
-  const uint32_t tag = Tag::of(ptx::ld_relaxed_sys(word));
+  const uint64_t acquired = wait_epoch(c, word, step, peer);
+  if (acquired == 0) return false;
+  const uint32_t tag = Tag::of(acquired);
   if (tag == c.tag) return true;
   report_mismatch(c.team, {step, peer, c.lane, c.epoch, c.tag}, tag);
   return false;
@@ -160,8 +161,9 @@ __device__ inline int64_t lane_credit_idx(const Context& c, uint64_t epoch, int 
 }
 
 // D0, C0: the previous operation of this lane is over at every rank of the node and every rail peer. One thread for
-// each.
+// each. Peers that have to say who is late see that this rank has come.
 __device__ inline bool wait_lane_credit(const Context& c, Step step) {
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) *c.own_word(Region::kProgress, 0) = c.epoch;
   const int local = static_cast<int>(threadIdx.x), stream = stream_of_thread(c);
   if (local >= c.num_locals() && stream < 0) return not_aborted(c);
   const int peer = stream >= 0 ? stream_of(c, stream).peer : c.neighbour(local);
@@ -209,12 +211,21 @@ __device__ inline bool wait_node_tagged(const Context& c, Region region, Step st
                                              : not_aborted(c));
 }
 
-// All threads of the last block: this rank has read its peers' rows, and they have read its own.
-__device__ inline bool return_rows(const Context& c, Step step) {
-  signal_node(c, Region::kReadFlag, c.local_rank(), c.epoch);
-  const int local = static_cast<int>(threadIdx.x);
-  return all_of_block(local >= c.num_locals() ||
-                      wait(c, c.own_word(Region::kReadFlag, local), c.epoch, step, c.neighbour(local)));
+// The same for the lanes of a warp.
+__device__ inline bool warp_waits_tagged(const Context& c, Region region, Step step) {
+  const int local = lane_idx();
+  const bool ok = local >= c.num_locals() || wait_tagged(c, c.own_word(region, local), step, c.neighbour(local));
+  const bool all = __all_sync(kFullWarp, ok) != 0;
+  __syncwarp();
+  return all;
+}
+
+// C5, D6 pull: all threads of the last block. The ranks of the node have given their lanes' credit, too: they have read
+// this rank's rows.
+__device__ inline bool wait_rows_read(const Context& c, Step step) {
+  const int local = static_cast<int>(threadIdx.x), peer = c.neighbour(local);
+  const uint64_t* word = c.own_word(Region::kLaneCredit, lane_credit_idx(c, c.epoch, peer));
+  return all_of_block(local >= c.num_locals() || wait(c, word, c.epoch, step, peer));
 }
 
 // One thread has acquired a word that a put has set: brings in the bytes that came before it.

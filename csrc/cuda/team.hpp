@@ -23,11 +23,13 @@ struct GridCounters {
   uint32_t counted;
   uint32_t placed;
   uint32_t readied;
+  uint32_t recorded;
   uint32_t sent;
   uint32_t relayed;
   uint32_t left;
   uint32_t parts[kMaxReadyParts];
   uint32_t rounds[kMaxRounds];
+  uint32_t moved_rows;     // that warps have taken, of D4 on the own node or of D6 pull
   uint32_t packed_chunks;  // tasks that warps have taken, of D4 to other nodes before D3
   uint32_t moved_chunks;   // and of D5 with what D4 is left
 };

@@ -9,10 +9,11 @@ namespace deep_a2a::cuda {
 namespace {
 
 constexpr int kStageAlignment = 128;
-constexpr int kPushChunkBytes = 7168;  // a row of 7168 FP8 channels; longer rows go in pieces
-constexpr int kMostMoveWarps = 10;     // measured: more take shared memory from the stages
-constexpr int kPushTenths = 6;         // of the warps with rings
-constexpr int kCastChunkBytes = 8192;  // of BF16: a cast wants more warps than a copy
+constexpr int kPushChunkBytes = 7168;            // a row of 7168 FP8 channels; longer rows go in pieces
+constexpr int kMostMoveWarps = 10;               // measured: more take shared memory from the stages
+constexpr int kMostCastWarps = kBlockWarps - 2;  // the others have the routing
+constexpr int kPushTenths = 6;                   // of the warps with rings
+constexpr int kCastChunkBytes = 8192;            // of BF16: a cast wants more warps than a copy
 constexpr int kCastStagesWanted = 2;
 constexpr int kStagesWanted = 3;  // one loads, one is full, one is being stored
 constexpr int kMostSumRings = kBlockWarps / 2;
@@ -54,13 +55,14 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
 
   const int64_t counters = (int64_t{s.num_experts} + s.topology.num_ranks + streams) * 4;  // of a warp
   const int64_t counting = counters + int64_t{kWarpThreads} * s.num_topk * 4;              // with its batch of entries
+  const int64_t counted = counters + CountVector::bytes(s);                                // of all warps
   const int64_t bases =
       (int64_t{s.num_experts} + s.num_local_experts() + 3 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
-  const int64_t least = std::max(counters + counting, bases);
+  const int64_t least = std::max(counted + counting, bases);
   check_argument(least <= left, "num_experts = ", s.num_experts,
                  " is too many for the counters in a block's shared memory: they take ", least, " of ", left, " bytes");
   plan.counting = args.num_tokens <= kFewTokens ? Counting::kAlone : Counting::kShared;
-  plan.count_warps = static_cast<int>(std::min<int64_t>(kBlockWarps, (left - counters) / counting));
+  plan.count_warps = static_cast<int>(std::min<int64_t>(kBlockWarps, (left - counted) / counting));
 
   // A cast happens in the stage where rows are pushed; where they are pulled, it is over by then.
   const bool casts = args.cast != Cast::kNone && !s.row_per_expert();
@@ -68,28 +70,27 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   plan.num_targets = s.row_per_expert() ? s.num_topk : s.topology.ranks_per_node;
   const int64_t rows_bytes =
       std::max<int64_t>(align_up(plan.num_targets * 4, kRowAlignment), streams > 0 ? kMaxItemBytes : 0);
-  // Behind a row's scales: its record, or, on its way to another node, its route entries.
   const int64_t routes_bytes = streams > 0 ? s.num_topk * static_cast<int64_t>(sizeof(RouteEntry)) : 0;
-  const int64_t record_bytes = std::max(RouteRecord::bytes(s), routes_bytes);
-  const int64_t side = args.format.scale_span() + record_bytes + rows_bytes;
+  const int64_t side = args.format.scale_span() + routes_bytes + rows_bytes;
   const int64_t chunk = chunk_of(s, args, casts, left / 4 - side - kStageAlignment);
   plan.chunk_bytes = static_cast<int>(chunk);
   plan.num_chunks = static_cast<int>(ceil_div(input_bytes, chunk));
   plan.side_offset = aligned(chunk);
-  plan.record_offset = plan.side_offset + args.format.scale_span();
-  plan.rows_offset = plan.record_offset + static_cast<int>(record_bytes);
+  plan.routes_offset = plan.side_offset + args.format.scale_span();
+  plan.rows_offset = plan.routes_offset + static_cast<int>(routes_bytes);
   plan.stage_bytes = aligned(plan.rows_offset + rows_bytes);
   const int64_t stages = left / plan.stage_bytes;
   check_argument(stages >= 2, "rows of hidden = ", s.hidden, " with ", args.format.scale_bytes,
                  " bytes of scales do not fit a block's shared memory: two stages take ", 2 * plan.stage_bytes, " of ",
                  left, " bytes");
   plan.num_stages = static_cast<int>(std::min<int64_t>(stages, casts ? kCastStagesWanted : kStagesWanted));
-  plan.move_warps = static_cast<int>(std::min<int64_t>(casts ? kBlockWarps : kMostMoveWarps, stages / plan.num_stages));
+  plan.move_warps =
+      static_cast<int>(std::min<int64_t>(casts ? kMostCastWarps : kMostMoveWarps, stages / plan.num_stages));
   plan.num_stages = static_cast<int>(std::min<int64_t>(stages / plan.move_warps, kMaxBarriers / kBlockWarps));
   plan.push_warps = streams > 0 ? ceil_div(plan.move_warps * kPushTenths, 10) : plan.move_warps;
 
   const int64_t rings = int64_t{plan.move_warps} * plan.num_stages * plan.stage_bytes;
-  const int64_t most = std::max({rings, counters + counting * plan.count_warps, bases});
+  const int64_t most = std::max({rings, counted + counting * plan.count_warps, bases});
   plan.shared_bytes = static_cast<int>(before_arena + plan.ring_offset + most);
   return plan;
 }

@@ -29,8 +29,9 @@ struct DispatchPlan {
   int push_warps = 0;   // of these, that begin with rows of the own node; with several nodes the others begin to relay
   int num_stages = 0;   // of a ring
   int stage_bytes = 0;
-  int side_offset = 0;  // in a stage, behind the payload: scales, then the route record, then where the row goes
-  int record_offset = 0;
+  int side_offset = 0;  // in a stage, behind the payload: scales, then route entries of other nodes, then where the row
+                        // goes
+  int routes_offset = 0;
   int rows_offset = 0;
   int num_targets = 0;   // lanes of a warp that store: one for each rank that a row can go to, or for each top-k slot
   int chunk_bytes = 0;   // of a row's input, that one stage takes

@@ -1,5 +1,7 @@
 #include "emulator/block_barrier.hpp"
 
+#include <algorithm>
+
 #include "common/check.hpp"
 #include "emulator/control.hpp"
 #include "emulator/launch.hpp"
@@ -23,7 +25,13 @@ const char* name_of(BarrierKind kind) {
 
 }  // namespace
 
-int BlockBarriers::sync(Thread& self, BarrierKind kind, bool predicate) {
+int BlockBarriers::sync(Thread& self, BarrierKind kind, bool predicate, const void* site) {
+  const void*& of_warp = sites_[self.linear_idx / kWarpSize];
+  if (of_warp != nullptr && of_warp != site) {
+    throw KernelError(text("lanes of a warp call ", name_of(kind),
+                           " in different places: it has to be the same instruction for all of them"));
+  }
+  of_warp = site;
   arrive(self, barriers_[0], kind, 0, predicate);
   return static_cast<int>(self.result);
 }
@@ -65,6 +73,7 @@ bool BlockBarriers::complete(Barrier& barrier) {
     launch_.release(thread);
   }
   barrier.waiting.clear();
+  if (&barrier == barriers_) std::fill(std::begin(sites_), std::end(sites_), nullptr);
   barrier.num_true = 0;
   return true;
 }

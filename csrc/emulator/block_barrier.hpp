@@ -5,11 +5,13 @@
 #include <vector>
 
 #include "emulator/thread.hpp"
+#include "emulator/warp.hpp"
 
 namespace deep_a2a::emulator {
 
 class Launch;
 
+constexpr unsigned kMaxBlockThreads = 1024;
 constexpr int kNumBlockBarriers = 16;
 
 enum class BarrierKind : int { kSync, kAnd, kOr, kCount };
@@ -18,8 +20,9 @@ class BlockBarriers {
  public:
   BlockBarriers(Launch& launch, unsigned num_threads) : launch_(launch), num_live_(num_threads) {}
 
-  // Called by a fiber: blocks it until all threads that have not exited have come.
-  int sync(Thread& self, BarrierKind kind, bool predicate);
+  // Called by a fiber: blocks it until all threads that have not exited have come. `site`: the place in the code, which
+  // has to be the same for all lanes of a warp.
+  int sync(Thread& self, BarrierKind kind, bool predicate, const void* site);
   // The same for `num_threads` threads, whichever they are.
   void sync_named(Thread& self, int barrier_idx, unsigned num_threads);
   // Returns how many threads are left.
@@ -39,6 +42,7 @@ class BlockBarriers {
   Launch& launch_;
   unsigned num_live_;
   Barrier barriers_[kNumBlockBarriers];
+  const void* sites_[kMaxBlockThreads / kWarpSize] = {};  // where each warp's lanes wait at the first
 };
 
 }  // namespace deep_a2a::emulator

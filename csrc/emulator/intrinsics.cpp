@@ -17,7 +17,7 @@ uint64_t warp_call(const WarpCall& call) {
 
 int sync_block(BarrierKind kind, bool predicate) {
   Thread& self = Launch::self();
-  return self.block->barriers().sync(self, kind, predicate);
+  return self.block->barriers().sync(self, kind, predicate, __builtin_return_address(0));
 }
 
 void yield_outside() { Launch::current().poll(Poll::kOutside); }

@@ -14,7 +14,6 @@
 namespace deep_a2a::emulator {
 
 constexpr int kNumSms = 16;
-constexpr unsigned kMaxBlockThreads = 1024;
 constexpr size_t kMaxSharedBytes = 232448;        // that a kernel can ask for
 constexpr size_t kDefaultSharedBytes = 48 << 10;  // without asking
 

@@ -23,11 +23,11 @@ enum class Region : int {
   kNetCountsFlag,
   kChunkFlag,
   kChunkCredit,
+  kRoutesFlag,
   kSentFlag,
   kRelayedFlag,
   kReadyFlag,
   kReadyPart,
-  kReadFlag,
   kCounts,
   kNetCountsIn,
   kNetCountsOut,
@@ -64,18 +64,19 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kDoorbell, "doorbell", Scope::kPerLane, kWordBytes, "wakes a sleeping lane (cpu)");
   visit(Region::kProgress, "progress", Scope::kPerLane, kWordBytes, "epoch that this rank has begun");
   visit(Region::kLaneCredit, "lane_credit", Scope::kPerLane, 2 * ranks * kWordBytes, "finished epochs of peers");
-  visit(Region::kCountsFlag, "counts_flag", Scope::kPerLane, ranks * kWordBytes, "arrival of counts");
+  visit(Region::kCountsFlag, "counts_flag", Scope::kPerLane, ranks * kWordBytes, "arrival of counts (cpu)");
   visit(Region::kNetCountsFlag, "net_counts_flag", Scope::kPerLane, streams * kWordBytes, "arrival of remote counts");
   visit(Region::kChunkFlag, "chunk_flag", Scope::kPerLane, streams * max_chunks(s) * kWordBytes, "arrival of chunks");
   visit(Region::kChunkCredit, "chunk_credit", Scope::kPerLane,
         s.num_rounds() > kStagedRounds ? streams * max_chunks(s) * kWordBytes : 0, "chunks whose room is free again");
+  visit(Region::kRoutesFlag, "routes_flag", Scope::kPerLane, locals * kWordBytes, "routing of rows stored (cuda)");
   visit(Region::kSentFlag, "sent_flag", Scope::kPerLane, locals * kWordBytes, "rows of the node stored");
   visit(Region::kRelayedFlag, "relayed_flag", Scope::kPerLane, locals * kWordBytes, "rows of other nodes stored");
   visit(Region::kReadyFlag, "ready_flag", Scope::kPerLane, locals * kWordBytes, "combine rows readable");
   visit(Region::kReadyPart, "ready_part", Scope::kPerLane,
         s.row_per_expert() ? locals * kMaxReadyParts * kWordBytes : 0, "combine rows readable, in parts (cuda)");
-  visit(Region::kReadFlag, "read_flag", Scope::kPerLane, locals * kWordBytes, "combine rows read");
-  visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts, "count vectors by source rank");
+  // On GPUs every value is a word that has the epoch beside it.
+  visit(Region::kCounts, "counts", Scope::kPerLane, ranks * counts * 2, "count vectors by source rank");
   visit(Region::kNetCountsIn, "net_counts_in", Scope::kPerLane, streams * counts, "count vectors of rail peers");
   visit(Region::kNetCountsOut, "net_counts_out", Scope::kPerLane, streams > 0 ? counts : 0,
         "own count vector, put source");

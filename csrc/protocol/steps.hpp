@@ -13,6 +13,7 @@ enum class Step : int32_t {
   kD3Bases,
   kD4SendNodes,
   kD5Relay,
+  kD6Routes,
   kD6Sent,
   kD6Relayed,
   kD6Read,
@@ -44,6 +45,8 @@ inline const char* step_name(Step step) {
       return "D4 send (other nodes)";
     case Step::kD5Relay:
       return "D5 relay";
+    case Step::kD6Routes:
+      return "D6 arrival (routing)";
     case Step::kD6Sent:
       return "D6 arrival (sent)";
     case Step::kD6Relayed:

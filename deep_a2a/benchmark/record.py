@@ -63,7 +63,7 @@ class Record(Figures):
     Their `link_time_ratio` is that of communication alone.
 
     Records with `devices`, the GPU of each rank, have all ranks in one process (bench/kernels.py): `total_us`,
-    `wire_bytes`, `logical_bytes` and `ceiling_gbs` are those of rank 0, `slowest_us` is the time of the slowest rank.
+    `wire_bytes`, `logical_bytes` and `ceiling_gbs` are those of rank 0. Older ones timed all ranks: `slowest_us`.
     `run` numbers the runs of a file that was put together from several.
 
     Records of several nodes have `network_put_bytes`, what the backend says that all ranks together put to other nodes,
@@ -160,10 +160,8 @@ class Record(Figures):
                 _require_count(name, getattr(self, name), least=0)
 
     def _check_devices(self) -> None:
-        if (self.devices is None) != (self.slowest_us is None):
-            raise ValueError(
-                f"devices is {self.devices!r}, slowest_us is {self.slowest_us!r}; expected both or neither"
-            )
+        if self.devices is None and self.slowest_us is not None:
+            raise ValueError(f"slowest_us is {self.slowest_us!r} and devices is None; expected None without devices")
         if self.devices is not None and len(self.devices) != self.num_ranks:
             raise ValueError(f"devices is {self.devices!r}; expected one for each of num_ranks={self.num_ranks}")
         for device in self.devices or ():

@@ -117,16 +117,16 @@ def dispatch_traffic(workload: Workload, spread: Spread) -> Traffic:
     every = count_rows(workload, spread)
     row, record, stream = wire.row_bytes(workload), wire.record_bytes(workload), wire.stream_row_bytes(workload)
     pulled = workload.layout != "rank"
-    counts = wire.count_vector_bytes(workload)
+    counts, words = wire.count_vector_bytes(workload), wire.count_words_bytes(workload)
     nodes, locals_ = workload.num_nodes, workload.ranks_per_node
     # Each rank stores the vectors of its rail, its own with them, to all ranks of its node.
-    counts_near, counts_far = nodes * (locals_ - 1) * counts, (nodes - 1) * counts
+    counts_near, counts_far = nodes * (locals_ - 1) * words, (nodes - 1) * counts
 
     def sm_out(r: Rows) -> float:
         pulled_slots = r.received_slots / nodes  # what comes from each node is alike
         stored = (pulled_slots + r.relayed_slots) * row if pulled else r.written * row
         stored += r.written * record
-        return stored + r.sent_to_nodes * stream + nodes * locals_ * counts
+        return stored + r.sent_to_nodes * stream + nodes * locals_ * words
 
     def sm_in(r: Rows) -> float:
         # A load serves all rows of a token on its node, and one more those of all other nodes.
@@ -156,7 +156,7 @@ def dispatch_traffic(workload: Workload, spread: Spread) -> Traffic:
         network_in=_most(every, _far_in) * stream + counts_far,
         sm_out=_most(every, sm_out),
         sm_in=_most(every, sm_in),
-        each_sm_in=workload.num_ranks * counts,
+        each_sm_in=workload.num_ranks * words,
         memory=_most(every, memory),
     )
 

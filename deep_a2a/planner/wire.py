@@ -55,3 +55,8 @@ def count_vector_bytes(workload: Workload) -> int:
     """What each rank tells all others before a dispatch (`CountVector`)."""
     counts = workload.num_nodes + workload.num_ranks + workload.num_experts
     return align_up(COUNT_HEADER_BYTES + counts * _WORD_BYTES, ROW_ALIGNMENT)
+
+
+def count_words_bytes(workload: Workload) -> int:
+    """The same within a node of GPUs: a word of 64 bits for each 32, with the epoch beside the value (`CountWord`)."""
+    return 2 * count_vector_bytes(workload)

@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "C5: readers not waited for",
         "combine.cpp",
-        "kReadFlag, turn.lane, local), turn.",
-        "kReadFlag, 0, 0), 0 * turn.",
+        "wait_rows_read(transport_, turn, Step::kC5CreditReturned);",
+        "",
     ),
     Mutant(
         "D4: credit of chunks not waited for",

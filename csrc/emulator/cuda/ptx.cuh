@@ -36,6 +36,10 @@ inline int32_t ld_relaxed_sys(const int32_t* address) { return emulator::load_re
 inline float ld_relaxed_sys(const float* address) {
   return bits_float(emulator::load_relaxed(reinterpret_cast<const uint32_t*>(address)));
 }
+inline void st_relaxed_sys(uint64_t* word, uint64_t value) {
+  emulator::maybe_preempt();
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
 inline void st_release_sys(uint64_t* word, uint64_t value) {
   emulator::maybe_preempt();
   __atomic_store_n(word, value, __ATOMIC_RELEASE);

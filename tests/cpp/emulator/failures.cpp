@@ -174,6 +174,13 @@ const Case kCases[] = {
          __all_sync(~0u, 1);
      },
      "_sync with mask 0xffffffff waits for lane"},
+    {[](const Place& p) {
+       if (first())
+         p.global[0] = static_cast<char>(__syncthreads_or(0));
+       else
+         p.global[threadIdx.x] = static_cast<char>(__syncthreads_or(1) + 1);
+     },
+     "lanes of a warp call __syncthreads_or in different places"},
     {[](const Place&) {
        if (first())
          __syncwarp();
