@@ -93,7 +93,7 @@ class EmulatorWatch:
 
 
 class Ranks:
-    """A stream and a meter for each of `devices`, a clock for rank 0. Raises ValueError for a device that is not there."""
+    """A stream and a meter for each of `devices`, a clock for rank 0. ValueError for a device that is not there."""
 
     def __init__(self, backend: Backend, devices: Sequence[int]) -> None:
         self.backend, self.devices = backend, tuple(devices)
