@@ -15,19 +15,12 @@ __device__ inline int values_of_vector(const Context& c) {
   return rank_rows_idx(c, c.num_ranks() + c.shape.num_experts);
 }
 
-// The value, above it the epoch's lower half.
-struct CountWord {
+// A word that is waited for.
+struct CountPoll {
   const uint64_t* word;
-  uint64_t epoch;  // that is waited for
+  uint64_t epoch;
 
-  __device__ static uint64_t make(uint64_t epoch, int32_t value) { return epoch << 32 | static_cast<uint32_t>(value); }
-  __device__ static int32_t value(uint64_t seen) { return static_cast<int32_t>(static_cast<uint32_t>(seen)); }
-  // What it has is never far from `epoch`, and never later.
-  __device__ uint64_t epoch_of(uint64_t seen) const {
-    return epoch +
-           static_cast<int64_t>(static_cast<int32_t>(static_cast<uint32_t>(seen >> 32) - static_cast<uint32_t>(epoch)));
-  }
-  __device__ uint64_t seen() const { return epoch_of(ptx::ld_relaxed_sys(word)); }
+  __device__ uint64_t seen() const { return CountWord::epoch(ptx::ld_relaxed_sys(word), epoch); }
 };
 
 // A value of this rank's vector, or as a relay of another's, to a rank of the node.
@@ -49,9 +42,9 @@ __device__ inline int32_t rows_for_node(const Context& c, int peer) {
 
 // Of a word that has been looked at once: its value, when it has come. False in `ok` where the kernel has to be left.
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, uint64_t seen, bool& ok) {
-  const CountWord word{c.count_word(c.local_rank(), source, idx), c.epoch};
-  if (word.epoch_of(seen) == c.epoch) return CountWord::value(seen);
-  ok = ok && keep_waiting(c.team, word, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
+  const CountPoll poll{c.count_word(c.local_rank(), source, idx), c.epoch};
+  if (CountWord::epoch(seen, c.epoch) == c.epoch) return CountWord::value(seen);
+  ok = ok && keep_waiting(c.team, poll, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
   return read_count(c, source, idx);
 }
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, bool& ok) {

@@ -97,6 +97,25 @@ struct CountVector {
   }
 };
 
+// One int32 of a count vector as the ranks of a node exchange it on GPUs: the lower half of its epoch lies above it.
+struct CountWord {
+  DEEP_A2A_HOST_DEVICE static constexpr uint64_t make(uint64_t epoch, int32_t value) {
+    return epoch << 32 | static_cast<uint32_t>(value);
+  }
+  DEEP_A2A_HOST_DEVICE static constexpr int32_t value(uint64_t word) {
+    return static_cast<int32_t>(static_cast<uint32_t>(word));
+  }
+  // The epoch, which is less than 2^31 away from `near`.
+  DEEP_A2A_HOST_DEVICE static constexpr uint64_t epoch(uint64_t word, uint64_t near) {
+    const auto ahead = static_cast<int32_t>(static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(near));
+    return near + static_cast<uint64_t>(int64_t{ahead});
+  }
+};
+static_assert(CountWord::value(CountWord::make(7, -1)) == -1 && CountWord::epoch(CountWord::make(7, -1), 9) == 7);
+static_assert(CountWord::epoch(CountWord::make((uint64_t{1} << 32) - 1, 3), uint64_t{1} << 32) ==
+              (uint64_t{1} << 32) - 1);
+static_assert(CountWord::epoch(CountWord::make(uint64_t{5} << 32, 3), uint64_t{5} << 32) == uint64_t{5} << 32);
+
 // The bytes of one row of `x`, opaque to the protocol.
 struct RowFormat {
   int32_t payload_bytes = 0;
