@@ -21,7 +21,7 @@ import torch
 from deep_a2a.benchmark.link import Direction, Link, LinkSpeed, meter_bytes, whole_pieces
 from deep_a2a.benchmark.place import Place
 from deep_a2a.benchmark.record import Backend
-from deep_a2a.benchmark.stream_gate import Enqueue, GpuStopwatch, Stopwatch
+from deep_a2a.benchmark.stream_gate import GpuStopwatch
 
 if TYPE_CHECKING:
     from deep_a2a._cuda import Meter, Stream, Window
@@ -67,19 +67,10 @@ def _check(code: int, call: str) -> None:
 
 
 class EmulatorWatch:
-    """The host's clock on a stream of the emulator. See ``stream_gate.Stopwatch``."""
-
-    enqueue: tuple[Enqueue, ...] = ("held",)
+    """The host's clock on a stream of the emulator, in the place of a GpuStopwatch."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream, self._start_ns = stream, 0
-
-    @property
-    def stream(self) -> int:
-        return self._stream.handle
-
-    def hold(self, meter: Meter) -> None:
-        meter.hold(self.stream)
 
     def start(self) -> None:
         self._start_ns = time.perf_counter_ns()
@@ -115,7 +106,7 @@ class Ranks:
             self.native.Meter(rank=rank, device=device, windows=windows, timeout_s=self.timeout_s)
             for rank, device in enumerate(devices)
         ]
-        self._watch: Stopwatch = GpuStopwatch(self.places[0]) if on_gpus else EmulatorWatch(self.streams[0])
+        self._watch = GpuStopwatch(self.places[0]) if on_gpus else EmulatorWatch(self.streams[0])
 
     def windows(self, nbytes: int) -> list[Window]:
         """One for each rank; in one process an address is good on all GPUs."""

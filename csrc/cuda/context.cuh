@@ -69,11 +69,12 @@ struct Context {
 __device__ inline int warp_idx() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
 __device__ inline int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 __device__ inline int num_warps() { return static_cast<int>(blockDim.x) / kWarpThreads; }
-__device__ inline int all_warps() { return num_warps() * static_cast<int>(gridDim.x); }
+// Of the grid, or those that are number `first_warp` of their block or behind it.
+__device__ inline int all_warps(int first_warp = 0) { return (num_warps() - first_warp) * static_cast<int>(gridDim.x); }
 __device__ inline uint32_t lanes_below() { return (1u << lane_idx()) - 1u; }
-// Warps of the whole grid, numbered so that neighbours are on different SMs.
-__device__ inline int grid_warp_idx() {
-  return warp_idx() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+// The number of a warp among them, such that neighbours are on different SMs.
+__device__ inline int grid_warp_idx(int first_warp = 0) {
+  return (warp_idx() - first_warp) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
 }
 
 }  // namespace deep_a2a::cuda

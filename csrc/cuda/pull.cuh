@@ -45,7 +45,7 @@ __device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t)
   char* scales = c.own(Region::kInputScales, c.lane);
   const int pitch = t.args.format.scale_pitch();
   if (t.args.cast != Cast::kNone) {
-    for (int token = grid_warp_idx(); token < t.args.num_tokens; token += num_warps() * static_cast<int>(gridDim.x)) {
+    for (int token = grid_warp_idx(); token < t.args.num_tokens; token += all_warps()) {
       const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
       cast_row(from, rows + int64_t{token} * c.shape.hidden, scales + int64_t{token} * pitch, c.shape.hidden,
                t.args.cast, t.args.scale_format);

@@ -82,9 +82,8 @@ __device__ inline void send_records(const Context& c, const DispatchTask& t, int
   constexpr int kTogether = kWidth == 4 ? 4 : 1;  // to wait for them together
   const int32_t* expert_bases = BasesArena(c, t.plan).expert_bases;
   const int of_record = c.shape.num_topk / kWidth, of_token = of_record * c.num_locals();
-  const int tokens = max(1, kWarpThreads / of_token), blocks = static_cast<int>(gridDim.x);
-  const int warp = (warp_idx() - first_warp) * blocks + static_cast<int>(blockIdx.x);
-  const int begin = warp * tokens + lane_idx() / of_token, step = (num_warps() - first_warp) * blocks * tokens;
+  const int tokens = max(1, kWarpThreads / of_token);
+  const int begin = grid_warp_idx(first_warp) * tokens + lane_idx() / of_token, step = all_warps(first_warp) * tokens;
   if (lane_idx() / of_token >= tokens) return;
 #pragma unroll 1
   for (int part = lane_idx() % of_token; part < of_token; part += kWarpThreads) {
@@ -172,8 +171,8 @@ __device__ inline void keep_routing(const Context& c, const DispatchTask& t, int
   const unsigned all_entries = static_cast<unsigned>(t.result.capacity) * topk;
   const ReceivedRouting kept = ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing);
   const ReceivedRouting result = ReceivedRouting::at(c.shape, t.result.capacity, t.result.routing);
-  const unsigned step = gridDim.x * static_cast<unsigned>(num_warps() - first_warp) * kWarpThreads * kWidth;
-  const auto warp = static_cast<unsigned>(warp_idx() - first_warp) * gridDim.x + blockIdx.x;
+  const unsigned step = static_cast<unsigned>(all_warps(first_warp)) * kWarpThreads * kWidth;
+  const auto warp = static_cast<unsigned>(grid_warp_idx(first_warp));
   const unsigned first = (warp * kWarpThreads + static_cast<unsigned>(lane_idx())) * kWidth;
   for (unsigned entry = first; entry < all_entries; entry += kTogether * step) {
     KeptRoutes<kWidth> routes[kTogether];
