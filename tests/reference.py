@@ -6,6 +6,7 @@ global number is its place among the tokens of all ranks, by rank and then by to
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -228,18 +229,15 @@ def wire_rows(
     node are pulled, they cross once for all experts of a rank; a relay writes to each expert.
     """
     near, far = [0] * setting.num_ranks, [0] * setting.num_ranks
+    local_experts, ranks_per_node = setting.num_local_experts, setting.ranks_per_node
     for source, idx in enumerate(topk_idx):
+        own_node, place = divmod(source, ranks_per_node)
         for experts in idx.tolist():
-            chosen = [expert for expert in experts if expert >= 0]
-            nodes = set()
-            for owner in {expert // setting.num_local_experts for expert in chosen}:
-                node = owner // setting.ranks_per_node
-                writer = node * setting.ranks_per_node + source % setting.ranks_per_node
-                nodes.add(node)
-                copies = sum(expert // setting.num_local_experts == owner for expert in chosen)
+            slots = Counter(expert // local_experts for expert in experts if expert >= 0)  # of this token, by owner
+            for owner, copies in slots.items():
+                writer = owner // ranks_per_node * ranks_per_node + place
                 once = combining or setting.layout == "rank" or (pulled and writer == source)
                 near[writer] += (owner != writer) * (1 if once else copies)
-            for node in nodes - {source // setting.ranks_per_node}:
-                relay = node * setting.ranks_per_node + source % setting.ranks_per_node
-                far[relay if combining else source] += 1
+            for node in {owner // ranks_per_node for owner in slots} - {own_node}:
+                far[node * ranks_per_node + place if combining else source] += 1
     return near, far
