@@ -15,7 +15,8 @@
 // Reported as the launch's failure (message to stderr, emulator::last_message(), cudaErrorLaunchFailure from the stream
 // ever after): wrong alignment or size of bulk copies, shared addresses outside the block's memory, mbarriers that are
 // not initialised, arrive too often or count too many bytes, stores outside shared memory (at the end, near its
-// borders), copies that nobody waited for, warps whose threads wait for each other in different calls, deadlocks.
+// borders), copies that nobody waited for, warps whose threads wait for each other, or for the block, in different
+// calls, deadlocks.
 //
 // Not faithful:
 // - Fences between proxies are not checked, and ordinary memory is as strongly ordered as the CPU's.

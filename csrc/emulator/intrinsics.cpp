@@ -15,9 +15,9 @@ uint64_t warp_call(const WarpCall& call) {
   return self.warp->call(self, call);
 }
 
-int sync_block(BarrierKind kind, bool predicate) {
+int sync_block(BarrierKind kind, bool predicate, const void* site) {
   Thread& self = Launch::self();
-  return self.block->barriers().sync(self, kind, predicate, __builtin_return_address(0));
+  return self.block->barriers().sync(self, kind, predicate, site);
 }
 
 void yield_outside() { Launch::current().poll(Poll::kOutside); }

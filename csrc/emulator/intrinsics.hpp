@@ -20,7 +20,7 @@ namespace deep_a2a::emulator {
 
 // For the running fiber.
 uint64_t warp_call(const WarpCall& call);
-int sync_block(BarrierKind kind, bool predicate);
+int sync_block(BarrierKind kind, bool predicate, const void* site);
 void yield_outside();
 void maybe_preempt();
 [[noreturn]] void trap();
@@ -58,16 +58,26 @@ To bit_cast(From value) {
 
 }  // namespace deep_a2a::emulator
 
-inline void __syncthreads() { deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kSync, false); }
-inline int __syncthreads_and(int predicate) {
-  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kAnd, predicate != 0);
+// A label tells one call from another: unlike a return address, it is the same in all copies that a compiler makes of
+// the code around the call.
+#define DEEP_A2A_INLINE __attribute__((always_inline)) inline
+DEEP_A2A_INLINE void __syncthreads() {
+site:
+  deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kSync, false, &&site);
 }
-inline int __syncthreads_or(int predicate) {
-  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kOr, predicate != 0);
+DEEP_A2A_INLINE int __syncthreads_and(int predicate) {
+site:
+  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kAnd, predicate != 0, &&site);
 }
-inline int __syncthreads_count(int predicate) {
-  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kCount, predicate != 0);
+DEEP_A2A_INLINE int __syncthreads_or(int predicate) {
+site:
+  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kOr, predicate != 0, &&site);
 }
+DEEP_A2A_INLINE int __syncthreads_count(int predicate) {
+site:
+  return deep_a2a::emulator::sync_block(deep_a2a::emulator::BarrierKind::kCount, predicate != 0, &&site);
+}
+#undef DEEP_A2A_INLINE
 
 inline void __syncwarp(unsigned mask = ~0u) {
   deep_a2a::emulator::warp_call({deep_a2a::emulator::WarpOperation::kSync, mask});

@@ -63,6 +63,21 @@ __global__ void coordinates(int* out) {
   atomicAdd(out + block * threads + thread, 1);
 }
 
+// A compiler may make a loop of its own for either half of each warp: the barrier stays one.
+__global__ void halves(int* out, int num_rounds) {
+  const bool first_half = threadIdx.x % 32 < 16;
+  int sum = 0;
+  for (int round = 0; round < num_rounds; ++round) {
+    if (first_half) {
+      sum += round;
+    } else {
+      sum ^= round;
+    }
+    sum += __syncthreads_count(1);
+  }
+  out[threadIdx.x] = sum;
+}
+
 // A barrier of the grid, which holds only if all blocks are there at once.
 __global__ void meet(unsigned* counter, uint32_t* result) {
   __syncthreads();
@@ -84,6 +99,13 @@ void test_blocks() {
     Array<unsigned> counters(2);
     run_well(meet, 16, 64, 0, counters.get(), counters.get() + 1);
     expect_equal(counters[1], 16u * 64, "threads that met");
+  }
+  Array<int> sums(64);
+  run_well(halves, 1, 64, 0, sums.get(), 5);
+  for (int i = 0; i < 64; ++i) {
+    int sum = 0;
+    for (int round = 0; round < 5; ++round) sum = (i % 32 < 16 ? sum + round : sum ^ round) + 64;
+    expect_equal(sums[i], sum, "sum of thread ", i);
   }
   Array<int> visits(3 * 7 * 2 * 5 * 3 * 2);
   run_well(coordinates, dim3(3, 7, 2), dim3(5, 3, 2), 0, visits.get());
