@@ -127,6 +127,44 @@ def test_relay_that_stops(pools: Callable[[int], Pool], backend: str, topology: 
     assert all(errors[0] == errors[1] for errors in by_rank)
 
 
+def keep_slot(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> tuple[bool, Errors]:
+    """Rank 1 reads the only slot for too long, while the others launch both halves of a dispatch into it."""
+    shape = {**SMALL, "timeout_s": TIMEOUT_S, "num_slots": 1}
+    buffer = deep_a2a.Buffer(group, **place(backend, ranks_per_node), **shape)
+    device = device_of(backend)
+    x = torch.ones(4, 16, dtype=torch.bfloat16, device=device)
+    first = buffer.dispatch(x, torch.tensor([[0, 4]] * 4, device=device))  # to ranks 0 and 1
+    settle(buffer)
+    if buffer.rank == 1:
+        time.sleep(2.5 * TIMEOUT_S)
+        errors = []
+    else:
+        first.release()
+        pending = buffer.dispatch_send(2 * x, handle=first.handle)
+
+        def receive() -> None:
+            pending.recv()
+            settle(buffer)
+
+        errors = [error_of(receive), error_of(buffer.check)]
+    right = buffer.rank != 1 or bool((first.x == 1).all())
+    first.release()
+    buffer.destroy()
+    use_anew(group, backend)
+    return right, errors
+
+
+@on_nodes(4, [2, 4])
+def test_slot_that_is_not_released(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
+    """Nothing is stored into it: not by a receive half either, whose send half gave up."""
+    by_rank = pools(4).run(keep_slot, backend, ranks_per_node)
+    assert all(right for right, _ in by_rank)
+    late = [errors for _, errors in by_rank if errors and errors[0][0]]  # ranks of the other node may get through
+    assert late[0] == by_rank[0][1]
+    check_gave_up([errors[0] for errors in late], "D.*")
+    assert all(errors[0] == errors[1] for errors in late)
+
+
 def die(group: dist.ProcessGroup, moment: str, backend: str, ranks_per_node: int) -> Errors:
     """Rank 3 is killed; the others go on until they notice, and can still read what they have."""
     buffer = make_buffer(group, backend, ranks_per_node)

@@ -77,6 +77,32 @@ def test_refused_on_two_lanes(pools: Callable[[int], Pool], backend: str, ranks_
         assert [name for name, _ in errors] == ["CapacityError", "CapacityError"], errors
 
 
+def refused_twice_on_a_lane(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> list[tuple[str, str]]:
+    """The second before the host has looked at the first."""
+    settings: dict[str, Any] = {**SIZES, "max_recv_rows": 16}
+    with deep_a2a.Buffer(group, num_slots=3, **place(backend, ranks_per_node), **settings) as buffer:
+        first = buffer.dispatch(*tokens(buffer, 1.0), host_sync=False, async_op=True)
+        second = buffer.dispatch_send(*tokens(buffer, 1.0))
+        while not second.sent():
+            time.sleep(0.001)
+        assert first.event is not None
+        errors = [error_of(first.event.synchronize), error_of(second.recv)]
+        first.release()
+        fits = buffer.dispatch(*tokens(buffer, 2.0, 4))
+        assert fits.num_rank_rows == 8 and bool((fits.x[:8] == 2).all())
+        fits.release()
+        buffer.check()
+    return errors
+
+
+@on_pairs
+def test_refused_twice_on_a_lane(pools: Callable[[int], Pool], backend: str, ranks_per_node: int) -> None:
+    """A dispatch that was refused never comes with rows, even where its reason is not kept."""
+    for errors in pools(2).run(refused_twice_on_a_lane, backend, ranks_per_node):
+        assert [name for name, _ in errors] == ["CapacityError", "CommError"], errors
+        assert "this dispatch was refused" in errors[1][1]
+
+
 @on_pairs
 @pytest.mark.parametrize("host_sync", [True, False])
 def test_slot_goes_from_lane_to_lane(

@@ -20,7 +20,7 @@ struct BasesArena {
 
   __device__ BasesArena(const Context& c, const DispatchPlan& plan) {
     expert_bases = reinterpret_cast<int32_t*>(c.arena);
-    relay_rank_bases = expert_bases + (c.shape.row_per_expert() ? c.shape.num_experts : 0);
+    relay_rank_bases = expert_bases + (c.per_expert ? c.shape.num_experts : 0);
     relay_expert_bases = relay_rank_bases + num_streams(c) * c.num_locals();
     rank_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
     expert_rows = rank_rows + c.num_ranks();
@@ -45,7 +45,7 @@ struct ColumnBases {
       before = c.shared.rank_bases + local;
       relays = arena.relay_rank_bases + local;
       stride = c.num_locals();
-    } else if (c.shape.row_per_expert()) {
+    } else if (c.per_expert) {
       before = arena.expert_bases + expert;
       const int on_node = expert - c.sizes.node_first_expert;
       if (static_cast<uint32_t>(on_node) >= static_cast<uint32_t>(c.sizes.node_num_experts)) return;
@@ -133,7 +133,7 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
         const int below = __shfl_up_sync(kFullWarp, inclusive, step);
         if (lane_idx() >= step) inclusive += below;
       }
-      if (local < experts && c.shape.row_per_expert()) {
+      if (local < experts && c.per_expert) {
         const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
         arena.expert_bases[expert] += offset;
         const int node_expert = expert - c.sizes.node_first_expert;
@@ -155,8 +155,7 @@ __device__ inline bool overflows(const Context& c, const BasesArena& arena) {
   bool overflow = false;
 #pragma unroll 1
   for (int rank = threadIdx.x; c.shape.layout != Layout::kPadded && rank < c.num_ranks(); rank += blockDim.x) {
-    const int rows =
-        c.shape.row_per_expert() ? max(arena.group_rows[rank], arena.rank_rows[rank]) : arena.rank_rows[rank];
+    const int rows = c.per_expert ? max(arena.group_rows[rank], arena.rank_rows[rank]) : arena.rank_rows[rank];
     overflow = overflow || rows > c.sizes.slot_rows;
   }
 #pragma unroll 1
@@ -167,30 +166,26 @@ __device__ inline bool overflows(const Context& c, const BasesArena& arena) {
   return overflow;
 }
 
-// What this rank will receive, into both blocks of ReceivedCounts; all threads of one block.
+// What this rank will receive, into the handle; all threads of one block.
 __device__ inline void write_counts(const Context& c, const DispatchTask& t, const BasesArena& arena) {
   const ReceivedCounts kept = ReceivedCounts::at(c.shape, t.kept.counts);
-  const ReceivedCounts result = ReceivedCounts::at(c.shape, t.result.counts);
-  const auto write = [&](int32_t* ReceivedCounts::* array, int idx, int32_t value) {
-    (kept.*array)[idx] = (result.*array)[idx] = value;
-  };
   const int experts = c.sizes.num_local_experts, self = c.team.rank;
 #pragma unroll 1
   for (int expert = threadIdx.x; expert < c.shape.num_experts; expert += blockDim.x) {
-    write(&ReceivedCounts::expert_load, expert, arena.expert_rows[expert]);
+    kept.expert_load[expert] = arena.expert_rows[expert];
     const int own = expert - c.sizes.first_expert;
     if (static_cast<uint32_t>(own) >= static_cast<uint32_t>(experts)) continue;
-    write(&ReceivedCounts::rows_per_expert, own, arena.expert_rows[expert]);
-    if (c.shape.row_per_expert()) write(&ReceivedCounts::expert_offsets, own, arena.own_offsets[own]);
+    kept.rows_per_expert[own] = arena.expert_rows[expert];
+    if (c.per_expert) kept.expert_offsets[own] = arena.own_offsets[own];
   }
 #pragma unroll 1
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
-    write(&ReceivedCounts::rows_per_rank, source, arena.received_rows[source]);
+    kept.rows_per_rank[source] = arena.received_rows[source];
   }
   if (threadIdx.x != 0) return;
-  if (c.shape.row_per_expert()) write(&ReceivedCounts::expert_offsets, experts, arena.group_rows[self]);
-  write(&ReceivedCounts::num_received, 0, c.shape.row_per_expert() ? arena.group_rows[self] : arena.rank_rows[self]);
-  write(&ReceivedCounts::num_received, 1, arena.rank_rows[self]);
+  if (c.per_expert) kept.expert_offsets[experts] = arena.group_rows[self];
+  kept.num_received[0] = c.per_expert ? arena.group_rows[self] : arena.rank_rows[self];
+  kept.num_received[1] = arena.rank_rows[self];
 }
 
 // A host that waits for the sizes goes on from here. None waits for a launch in a graph, which has no ticket.
@@ -228,7 +223,7 @@ __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const B
     wait_count(c, stream_of(c, idx).peer, node_rows_idx(c.own_node()), ok);
   }
   if (!all_of_block(ok)) return false;
-  if (c.shape.row_per_expert()) {
+  if (c.per_expert) {
     start_groups(c, arena);
     __syncthreads();
   }
@@ -236,7 +231,7 @@ __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const B
   if (threadIdx.x == 0) {
     c.shared.refused = refused;
     c.shared.num_rank_rows = arena.rank_rows[c.team.rank];
-    c.shared.num_rows = c.shape.row_per_expert() ? arena.group_rows[c.team.rank] : c.shared.num_rank_rows;
+    c.shared.num_rows = c.per_expert ? arena.group_rows[c.team.rank] : c.shared.num_rank_rows;
   }
   if (blockIdx.x != 0) return true;
   if (refused) {

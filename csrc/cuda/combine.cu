@@ -30,7 +30,7 @@ __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
   if (t.half != Half::kReceive && !make_ready(c, t, false, [] {})) return false;
   init_barriers(c.shared.barriers, kMaxBarriers);
   if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return false;
-  if (c.shape.row_per_expert()) {
+  if (c.per_expert) {
     PushedSums sums(c, t);
     if (!all_of_block(add_all(sums, row_bytes(c)))) return false;
   } else if (t.half != Half::kSend) {
@@ -69,7 +69,7 @@ DEEP_A2A_CALL bool sum_tokens(int round) {
 // The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
   const bool sends = t.half != Half::kReceive;
-  if (sends && !make_ready(c, t, c.shape.row_per_expert(), [] { sum_own_rows(); })) return false;
+  if (sends && !make_ready(c, t, c.per_expert, [] { sum_own_rows(); })) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
   const int rounds = c.sizes.num_rounds;
   bool ok = true;
@@ -83,7 +83,7 @@ __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
 
 // Whether a rank reads what lies in the windows of others. Own sums are pushed.
 __device__ bool reads_peers(const Context& c, const CombineTask& t) {
-  return num_streams(c) > 0 || !c.shape.row_per_expert() || t.args.with_side;
+  return num_streams(c) > 0 || !c.per_expert || t.args.with_side;
 }
 
 __device__ bool sum_rows(const Context& c, const CombineTask& t) {
@@ -93,11 +93,8 @@ __device__ bool sum_rows(const Context& c, const CombineTask& t) {
   return sum_on_node(c, t);
 }
 
-}  // namespace
-
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    combine_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t) {
-  const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side, t.plan.part_shift));
+__device__ __forceinline__ void combine(const Team& team, const CombineTask& t, RowsPer rows_per) {
+  const Context c(team, t.lane, t.half, Tag::combine(t.args.with_side, t.plan.part_shift), rows_per);
   begin(c, t);
   if (!sum_rows(c, t) || !last_block(c, c.control.grid.left)) return;
   if (t.half != Half::kSend) give_lane_credit(c);
@@ -105,6 +102,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (t.half == Half::kSend) return;
   if (threadIdx.x == blockDim.x - 1) count_wire_bytes(c, t.source, row_wire_bytes(c, t));
   if (reads_peers(c, t)) wait_rows_read(c, Step::kC5CreditReturned);
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    combine_rank_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t) {
+  combine(team, t, RowsPer::kRank);
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    combine_expert_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t) {
+  combine(team, t, RowsPer::kExpert);
 }
 
 }  // namespace deep_a2a::cuda

@@ -19,8 +19,9 @@ struct Context {
   const int lane;
   uint64_t epoch;
   const uint32_t tag;
+  const bool per_expert;  // rows, as Shape::row_per_expert; where a kernel is made for it, known when it is compiled
 
-  __device__ Context(const Team& the_team, int lane_idx, Half half, uint32_t the_tag)
+  __device__ Context(const Team& the_team, int lane_idx, Half half, uint32_t the_tag, RowsPer rows_per)
       : team(the_team),
         shape(the_team.shape),
         sizes(the_team.sizes),
@@ -29,7 +30,8 @@ struct Context {
         arena(ptx::dynamic_shared() + arena_begin(the_team.sizes.num_nodes)),
         lane(lane_idx),
         epoch(ptx::ld_relaxed_sys(&control.epoch) + (half == Half::kReceive ? 0 : 1)),
-        tag(the_tag) {}
+        tag(the_tag),
+        per_expert(rows_per == RowsPer::kExpert) {}
 
   __device__ int local_rank() const { return sizes.local_rank; }
   __device__ int num_locals() const { return shape.topology.ranks_per_node; }

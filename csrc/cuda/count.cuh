@@ -64,7 +64,7 @@ class TokenWalk {
       read_batch(first, count, tokens.end - tokens.begin <= kWarpThreads);
 #pragma unroll 1
       for (int node = 0; node < c_.sizes.num_nodes; ++node) ranks_of_node(first + lane_idx(), lane_idx() < count, node);
-      if (kPlaces && c_.shape.row_per_expert()) expert_places(first, count);
+      if (kPlaces && c_.per_expert) expert_places(first, count);
       __syncwarp();
     }
   }

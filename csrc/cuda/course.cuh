@@ -40,7 +40,7 @@ __device__ inline void keep_for_calls(const Context& c, const Task& t) {
 
 template <class Task>
 __device__ inline Context context_of_call(const CallFrame<Task>& frame) {
-  return Context(frame.team, frame.task.lane, frame.task.half, frame.tag);
+  return Context(frame.team, frame.task.lane, frame.task.half, frame.tag, rows_per(frame.team.shape));
 }
 
 // ---- begin and end
@@ -49,8 +49,6 @@ __device__ inline Context context_of_call(const CallFrame<Task>& frame) {
 // All threads.
 template <class Task>
 __device__ inline void begin(const Context& c, const Task& t) {
-  if (lane_idx() == 0) c.shared.rings[warp_idx()] = {};
-  for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
   for (int i = threadIdx.x; num_streams(c) > 0 && i < c.sizes.num_rounds; i += blockDim.x) c.shared.rounds[i] = 0;
   if (num_streams(c) > 0) keep_for_calls(c, t);
   if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = c.shared.recorded = 0;
@@ -60,6 +58,7 @@ __device__ inline void begin(const Context& c, const Task& t) {
 // One thread, once for each operation: its rows that go to other ranks, or come from them. Lanes count together.
 __device__ inline void count_wire_bytes(const Context& c, const SourceHandle& source, int64_t row_bytes) {
   int64_t rows = 0;
+#pragma unroll 1
   for (int local = 0; local < c.num_locals(); ++local) rows += local != c.local_rank() ? source.rank_rows[local] : 0;
   atomicAdd(&c.team.control->wire_bytes, static_cast<unsigned long long>(rows * row_bytes));
 }
@@ -68,6 +67,7 @@ __device__ inline void count_wire_bytes(const Context& c, const SourceHandle& so
 // block may still wait for are in the window.
 __device__ inline void end(const Context& c) {
   auto* counters = reinterpret_cast<uint32_t*>(&c.control.grid);
+#pragma unroll 1
   for (unsigned i = threadIdx.x; i < sizeof(c.control.grid) / sizeof(*counters); i += blockDim.x) counters[i] = 0;
   if (threadIdx.x == 0) c.control.epoch = c.epoch;
 }

@@ -94,34 +94,31 @@ __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   if (!all_of_block(ok)) return false;
   d2_exchange(c, t, arena);
   d1_place(c, t, arena);
-  init_barriers(c.shared.barriers, kMaxBarriers);
+  Stages(c, t.plan).begin();
   if (!send_to_nodes(c, t)) return false;
-  if (c.shape.row_per_expert()) d4_prepare_input(c, t);
+  if (c.per_expert) d4_prepare_input(c, t);
   ok = !meets || grid_wait(c, c.control.grid.placed);
   if (!d3_bases(c, t, BasesArena(c, t.plan), ok)) return false;
   ptx::fence_proxy_async();  // ordinary accesses of arena and slot, as acquired, come before bulk copies
   __syncthreads();
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {  // of the warp that has the least to do
-    report_counts(c, t.ticket, c.shared.num_rows, c.shared.num_rank_rows);
+    report_counts(c, t.ticket, c.shared.refused ? kRefusedRows : c.shared.num_rows, c.shared.num_rank_rows);
   }
   return true;
 }
 
-// A cached dispatch has nothing to count: the numbers go from the handle to the result.
+// A cached dispatch has nothing to count.
 __device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
-  init_barriers(c.shared.barriers, kMaxBarriers);
+  Stages(c, t.plan).begin();
   d0_look_at_slot(c, t);
   if (!all_of_block(wait_lane_credit(c, Step::kD0Credit))) return false;
   ptx::fence_proxy_async();  // the slot, as acquired, was read by ordinary loads; now it is overwritten by bulk stores
-  if (blockIdx.x == 0) {
-    for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) {
-      t.result.counts[i] = t.kept.counts[i];
-    }
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {
     const int32_t* rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received;
-    if (threadIdx.x == blockDim.x - 1) report_counts(c, t.ticket, rows[0], rows[1]);
+    report_counts(c, t.ticket, rows[0], rows[1]);
   }
   if (!send_to_nodes(c, t)) return false;
-  if (c.shape.row_per_expert()) d4_prepare_input(c, t);
+  if (c.per_expert) d4_prepare_input(c, t);
   return true;
 }
 
@@ -133,7 +130,7 @@ __device__ void tell_sent(const Context& c, int local) {
 // With one node and rows by rank there is nothing to do on arrival: the routing has been kept while rows were on their
 // way, and one block is enough to wait for the rows.
 __device__ bool routes_early(const Context& c, const DispatchTask& t) {
-  return t.half == Half::kBoth && num_streams(c) == 0 && !c.shape.row_per_expert();
+  return t.half == Half::kBoth && num_streams(c) == 0 && !c.per_expert;
 }
 
 // By the warps that push no rows, layout kRank, when they have sent their records: D6, what the records are for. False
@@ -153,7 +150,7 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
   if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
   if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
   if (!d0_slot_credit(c, t)) return Course::kAborted;
-  const bool pushes = !c.shape.row_per_expert();
+  const bool pushes = !c.per_expert;
   const int first_warp = pushes ? t.plan.move_warps : 0;  // that has the routing
   bool ok = true;
   if (warp_idx() < first_warp) {
@@ -193,7 +190,7 @@ __device__ void pull(const Context& c, const DispatchTask& t) {
 }
 
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
-  const bool pulls = c.shape.row_per_expert();
+  const bool pulls = c.per_expert;
   const bool relays = num_streams(c) > 0;
   if constexpr (kHasNetwork) {
     if (relays && !pulls && !receive_from_nodes(c, t, [] {})) return Course::kAborted;
@@ -215,10 +212,15 @@ __device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
   return t.args.format.payload_bytes + t.args.format.scale_span() + (t.cached ? 0 : c.sizes.record_bytes);
 }
 
-// What the last block writes down. A dispatch that is refused has used its slot like any other: the host releases it.
+// What the last block writes down: the caller's counts, too, which a block that gives up has to find unwritten, or to
+// clear for good. A dispatch that is refused has used its slot like any other: the host releases it.
 __device__ void settle(const Context& c, const DispatchTask& t, Course course) {
   end(c);
-  if (t.half == Half::kReceive || threadIdx.x != blockDim.x - 1) return;  // a thread that waits for nobody
+  if (t.half == Half::kReceive) return;
+  for (int64_t i = threadIdx.x; course == Course::kGoOn && i < ReceivedCounts::words(c.shape); i += blockDim.x) {
+    t.result.counts[i] = t.kept.counts[i];
+  }
+  if (threadIdx.x != blockDim.x - 1) return;  // a thread that waits for nobody
   ++c.team.control->slots[t.args.slot].uses;
   if (course == Course::kRefused) {
     c.control.refused_epoch = c.epoch;
@@ -231,7 +233,7 @@ __device__ void settle(const Context& c, const DispatchTask& t, Course course) {
 __device__ bool close(const Context& c, const DispatchTask& t, Course course) {
   if (course == Course::kGoOn && t.half == Half::kSend) return true;
   give_lane_credit(c);
-  const bool is_read = course == Course::kGoOn && c.shape.row_per_expert();  // by peers, who pull
+  const bool is_read = course == Course::kGoOn && c.per_expert;  // by peers, who pull
   return !is_read || wait_rows_read(c, Step::kD6Read);
 }
 
@@ -265,20 +267,18 @@ __device__ void clear_result(const Context& c, const DispatchTask& t) {
   }
 }
 
-}  // namespace
-
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    dispatch_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
-  const Context c(team, t.lane, t.half, dispatch_tag(t, team.shape));
+__device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t, RowsPer rows_per) {
+  const Context c(team, t.lane, t.half, dispatch_tag(t, team.shape), rows_per);
   begin(c, t);
   Course course = Course::kGoOn;
   if (t.half != Half::kReceive) {
     course = send_half(c, t);
+  } else if (!all_of_block(not_aborted(c))) {
+    course = Course::kAborted;  // maybe by its send half: then the epoch is that of another operation
   } else if (ptx::ld_relaxed_sys(&c.control.refused_epoch) == c.epoch) {
     return;  // its send half has settled everything
   } else {
-    init_barriers(c.shared.barriers, kMaxBarriers);
-    __syncthreads();
+    Stages(c, t.plan).begin();
   }
   if (course == Course::kDone) return;
   const bool is_last = course == Course::kGoOn && routes_early(c, t);
@@ -290,6 +290,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     if (course == Course::kRefused) clear_result(c, t);
   }
   if (course == Course::kAborted) clear_result(c, t);
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    dispatch_rank_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
+  dispatch(team, t, RowsPer::kRank);
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    dispatch_expert_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t) {
+  dispatch(team, t, RowsPer::kExpert);
 }
 
 __global__ void release_kernel(const __grid_constant__ Team team, int slot) { release_slot(team, slot); }

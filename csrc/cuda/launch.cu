@@ -41,8 +41,10 @@ DeviceLimits prepare_kernels(int device) {
   read(limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   read(major, cudaDevAttrComputeCapabilityMajor);
   check_argument(major >= 9, "device ", device, " has compute capability ", major, ", expected at least 9 (Hopper)");
-  allow_shared_memory(dispatch_kernel, limits);
-  allow_shared_memory(combine_kernel, limits);
+  allow_shared_memory(dispatch_rank_kernel, limits);
+  allow_shared_memory(dispatch_expert_kernel, limits);
+  allow_shared_memory(combine_rank_kernel, limits);
+  allow_shared_memory(combine_expert_kernel, limits);
   allow_shared_memory(scales_kernel, limits);
   cudaFuncAttributes loaded{};  // to load a kernel later may have to wait for those that run
   check_cuda(cudaFuncGetAttributes(&loaded, release_kernel), "cudaFuncGetAttributes");
@@ -50,11 +52,13 @@ DeviceLimits prepare_kernels(int device) {
 }
 
 void launch_dispatch(const Launch& launch, const Team& team, const DispatchTask& task) {
-  launch_kernel(dispatch_kernel, launch, kBlockThreads, task.plan.shared_bytes, team, task);
+  const auto kernel = rows_per(team.shape) == RowsPer::kRank ? dispatch_rank_kernel : dispatch_expert_kernel;
+  launch_kernel(kernel, launch, kBlockThreads, task.plan.shared_bytes, team, task);
 }
 
 void launch_combine(const Launch& launch, const Team& team, const CombineTask& task) {
-  launch_kernel(combine_kernel, launch, kBlockThreads, task.plan.shared_bytes, team, task);
+  const auto kernel = rows_per(team.shape) == RowsPer::kRank ? combine_rank_kernel : combine_expert_kernel;
+  launch_kernel(kernel, launch, kBlockThreads, task.plan.shared_bytes, team, task);
 }
 
 void launch_scales(const Launch& launch, const ScalesTask& task) {

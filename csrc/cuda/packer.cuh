@@ -32,7 +32,7 @@ class Packer {
   // next(chunk): the next one to be put; false where there is none.
   template <class Next>
   __device__ void run(Next&& next) {
-    if (casts() && c_.shape.row_per_expert()) {
+    if (casts() && c_.per_expert) {
       while (next(chunk_)) cast_chunk();
       return;
     }
@@ -105,7 +105,7 @@ class Packer {
     next_.expert = t_.source.experts[entry];
     next_.weight = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
     next_.rank_row = t_.source.slot_places[entry];
-    next_.expert_row = c_.shape.row_per_expert() ? t_.source.expert_places[entry] : -1;
+    next_.expert_row = c_.per_expert ? t_.source.expert_places[entry] : -1;
   }
   __device__ RouteEntry route() const {
     const auto on_node = static_cast<uint32_t>(next_.expert - first_expert_);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/local_sum.cuh"
+#include "cuda/stages.cuh"
 #include "cuda/sync.cuh"
 
 namespace deep_a2a::cuda {
@@ -16,71 +17,81 @@ struct SumItem {
   int source = 0;  // of an own row: a rank of the node
 };
 
-// What a warp does, in its order. With parts of B rows, segment k is: rank rows [k * B, (k + 1) * B) of every source,
-// the end of part k, tokens [(k - kLag) * B, (k - kLag + 1) * B). A token's row at a rank has an index no larger than
-// the token's own, so its terms belong to earlier segments, on every rank: whoever keeps to the order waits for nothing
-// that waits for him.
+// The order of work. With parts of B rows, segment k is: rank rows [k * B, (k + 1) * B) of every source, then tokens
+// [(k - kLag) * B, (k - kLag + 1) * B), in units of kUnit, which warps take as they come. A token's row at a rank has
+// an index no larger than the token's own, so its terms belong to earlier segments, on every rank: whoever keeps to the
+// order waits for nothing that waits for him.
 class SumSequence {
  public:
   // `rows_from`: by lane, own rows to be summed for each source.
-  __device__ SumSequence(int part_shift, int num_locals, int local_rank, int32_t rows_from, int num_tokens)
-      : step_(num_warps() * static_cast<int>(gridDim.x)),
-        num_locals_(num_locals),
-        local_rank_(local_rank),
+  __device__ SumSequence(const Context& c, const CombineTask& t, int32_t rows_from)
+      : c_(c),
+        t_(t),
         rows_from_(rows_from),
-        num_tokens_(num_tokens),
-        part_shift_(part_shift),
-        row_(grid_warp_idx()),
-        token_(row_) {
-    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, rows_from));
-    num_rows_ = most * num_locals;
-    num_parts_ = (most + (1 << part_shift_) - 1) >> part_shift_;
+        num_parts_(parts_of(static_cast<int>(__reduce_max_sync(kFullWarp, rows_from)))),
+        units_(c.control.grid.moved_rows, num_warps(), num_segments() * units_of_segment()) {
+    begin_unit();
   }
+
+  // The units of own rows that each part has.
+  __device__ int units_of_part() const { return c_.num_locals() << t_.plan.part_shift >> kUnitShift; }
 
   // The next item; false at the end. All lanes alike.
   __device__ bool next(SumItem& item) {
-    while (true) {
-      if (row_ < min(num_rows_, ((segment_ + 1) << part_shift_) * num_locals_)) {
-        if (next_own_row(item)) return true;
-      } else if (ended_ <= segment_ && ended_ < num_parts_) {
-        item = {SumKind::kPartEnd, ended_++, 0};
-        return true;
-      } else if (token_ < min(num_tokens_, (segment_ + 1 - kLag) << part_shift_)) {
-        item = {SumKind::kToken, token_, 0};
-        token_ += step_;
-        return true;
-      } else if (ended_ >= num_parts_ && token_ >= num_tokens_) {
-        return false;
-      } else {
-        ++segment_;
+    while (!units_.is_over()) {
+      item = {kind_, at_, 0};
+      if (kind_ == SumKind::kPartEnd) {
+        item.idx = segment_;
+        next_unit();
+        if (item.idx < num_parts_) return true;
+        continue;
       }
+      const bool ends_unit = (++at_ & (kUnit - 1)) == 0;
+      if (kind_ == SumKind::kToken) {
+        if (ends_unit) next_unit();
+        if (item.idx >= 0 && item.idx < num_tokens()) return true;
+        continue;
+      }
+      if (ends_unit) kind_ = SumKind::kPartEnd;
+      item.source = (c_.local_rank() + 1 + item.idx % c_.num_locals()) % c_.num_locals();  // rows go round the sources
+      item.idx /= c_.num_locals();
+      if (item.idx < __shfl_sync(kFullWarp, rows_from_, item.source)) return true;
     }
+    return false;
   }
 
  private:
   // Other ranks may be behind by that many parts, and nobody waits for them.
   static constexpr int kLag = 3;
+  static constexpr int kUnitShift = 2;  // no part is smaller
+  static constexpr int kUnit = 1 << kUnitShift;
 
-  // Rows go round the sources.
-  __device__ bool next_own_row(SumItem& item) {
-    const int source = (local_rank_ + 1 + row_ % num_locals_) % num_locals_;
-    item = {SumKind::kOwnRow, row_ / num_locals_, source};
-    row_ += step_;
-    return item.idx < __shfl_sync(kFullWarp, rows_from_, source);
+  __device__ int num_tokens() const { return t_.half != Half::kSend ? t_.num_tokens : 0; }
+  __device__ int parts_of(int rows) const { return (rows + (1 << t_.plan.part_shift) - 1) >> t_.plan.part_shift; }
+  __device__ int num_segments() const { return max(num_parts_, num_tokens() > 0 ? parts_of(num_tokens()) + kLag : 0); }
+  __device__ int units_of_segment() const { return units_of_part() + (1 << t_.plan.part_shift >> kUnitShift); }
+
+  __device__ void next_unit() {
+    units_.advance();
+    begin_unit();
+  }
+  __device__ void begin_unit() {
+    int unit = units_.row() - segment_ * units_of_segment();
+    for (; unit >= units_of_segment() && !units_.is_over(); ++segment_) unit -= units_of_segment();
+    const int token_unit = unit - units_of_part();
+    kind_ = token_unit < 0 ? SumKind::kOwnRow : SumKind::kToken;
+    at_ = token_unit < 0 ? (segment_ * c_.num_locals() << t_.plan.part_shift) + (unit << kUnitShift)
+                         : ((segment_ - kLag) << t_.plan.part_shift) + (token_unit << kUnitShift);
   }
 
-  const int step_;
-  const int num_locals_;
-  const int local_rank_;
+  const Context& c_;
+  const CombineTask& t_;
   const int32_t rows_from_;
-  const int num_tokens_;
-  const int part_shift_;
-  int num_rows_;  // with what is missing where a source has less than others
-  int num_parts_;
+  const int num_parts_;
+  RowTasks units_;
   int segment_ = 0;
-  int ended_ = 0;
-  int row_;
-  int token_;
+  SumKind kind_ = SumKind::kOwnRow;
+  int at_ = 0;  // the next of the unit
 };
 
 // The sums of one warp. The window of a rank has room for a sum from every rank of the node for each of its tokens.
@@ -99,8 +110,7 @@ class PushedSums {
         row_bytes_(c.shape.max_payload_bytes()),
         routing_(ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing)),
         rows_from_(rows_from(c, t, lane_idx())),
-        sequence_(t.plan.part_shift, c.num_locals(), c.local_rank(), rows_from_,
-                  t.half != Half::kSend ? t.num_tokens : 0) {
+        sequence_(c, t, rows_from_) {
     for (int local = 0; local < min(lane_idx(), c.num_locals()); ++local) start_of_ += rows_from(c, t, local);
   }
 
@@ -132,12 +142,18 @@ class PushedSums {
     return true;
   }
 
-  // The last warp of the last block to have added its rows of a part tells all ranks that it is there.
+  // The warp that adds the last unit of a part's rows tells all ranks that the part is there.
   __device__ void finish(const Fetched& fetched) const {
     if (fetched.item.kind != SumKind::kPartEnd) return;
     const int part = fetched.item.idx;
-    if (!last_warp(c_.shared.parts[part], num_warps(), c_.control.grid.parts[part])) return;
-    if (lane_idx() >= c_.num_locals()) return;
+    bool last = false;
+    __syncwarp();
+    if (lane_idx() == 0) {
+      last = grid_arrive(c_.control.grid.parts[part]) == static_cast<uint32_t>(sequence_.units_of_part()) - 1;
+    }
+    last = __any_sync(kFullWarp, last) != 0;
+    __syncwarp();
+    if (!last || lane_idx() >= c_.num_locals()) return;
     const int64_t idx = int64_t{c_.local_rank()} * kMaxReadyParts + part;
     signal(c_.team, c_.word(lane_idx(), Region::kReadyPart, c_.lane, idx), Tag::word(c_.epoch, c_.tag));
   }

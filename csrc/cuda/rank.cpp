@@ -219,6 +219,10 @@ ReceivedSizes Rank::wait_counts(int lane, uint64_t ticket, cudaStream_t stream) 
   const ReceivedSizes sizes{report.num_rows, report.num_rank_rows};
   check_faults();
   check_refusals(lane);
+  if (sizes.num_rows == kRefusedRows) {
+    throw CommError("this dispatch was refused like one before it on lane " + std::to_string(lane) +
+                    ", whose reason had not been raised yet: of two, the reason of the first is kept");
+  }
   return sizes;
 }
 

@@ -135,7 +135,7 @@ class Relay {
     if (route.expert >= 0) {
       const int node_expert = route.expert - c_.sizes.node_first_expert;
       route.rank_row += bases_.relay_rank_bases[chunk_.stream * c_.num_locals() + c_.local_of_expert(route.expert)];
-      if (c_.shape.row_per_expert()) {
+      if (c_.per_expert) {
         route.expert_row += bases_.relay_expert_bases[chunk_.stream * c_.sizes.node_num_experts + node_expert];
       }
     }
@@ -204,7 +204,7 @@ class Relay {
       const int32_t there = __shfl_sync(kFullWarp, route.rank_row, slot);
       if (__shfl_sync(kFullWarp, local, slot) == lane_idx()) rank_row = there;
     }
-    if (c_.shape.row_per_expert()) return {local, route.expert_row, rank_row};
+    if (c_.per_expert) return {local, route.expert_row, rank_row};
     return {rank_row >= 0 ? lane_idx() : -1, rank_row, rank_row};
   }
 
@@ -248,7 +248,7 @@ class Relay {
 // The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
 __device__ inline bool d3_relay_bases(const Context& c, const BasesArena& arena) {
   if (!all_of_block(sum_counts(c, arena))) return false;
-  if (c.shape.row_per_expert()) start_groups(c, arena);
+  if (c.per_expert) start_groups(c, arena);
   ptx::fence_proxy_async();  // the arena has been written by ordinary stores, later it is by bulk loads
   __syncthreads();
   return true;
@@ -301,6 +301,8 @@ __device__ bool relay_rounds(const Context& c, Relay& relay, SendTurn&& send_tur
 template <class SendTurn>
 __device__ bool d5_relay(const Context& c, const DispatchTask& t, SendTurn&& send_turn) {
   if (warp_idx() >= t.plan.move_warps) return true;
+  ptx::fence_proxy_async_shared();  // scales in its stages, which bulk loads overwrite where the scales of a row come
+  __syncwarp();
   Relay relay(c, t, BasesArena(c, t.plan));
   const bool ok = c.sizes.num_rounds > kStagedRounds ? relay_rounds(c, relay, send_turn) : relay_all(c, relay);
   relay.count_bytes();

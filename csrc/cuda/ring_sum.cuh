@@ -14,8 +14,7 @@ class SumRing {
       : plan_(plan),
         idx_(warp_idx() % plan.num_rings),
         memory_(c.arena + idx_ * plan.num_stages * kSumChunkBytes),
-        full_(c.shared.barriers + idx_ * 2 * plan.num_stages),
-        empty_(full_ + plan.num_stages) {}
+        full_(c.shared.barriers + idx_ * 2 * plan.num_stages) {}
 
   __device__ int idx() const { return idx_; }
   __device__ bool in_use() const { return warp_idx() < 2 * plan_.num_rings; }
@@ -33,6 +32,7 @@ class SumRing {
   static constexpr int kPieces = kSumChunkBytes / kSumStride;
   static constexpr int kTogether = 2;  // terms
 
+  __device__ uint64_t* empty(int stage) const { return full_ + plan_.num_stages + stage; }
   // `ahead` places from `from`, at most a whole round.
   __device__ RingPosition at(RingPosition from, int ahead) const {
     from.stage += ahead;
@@ -49,8 +49,8 @@ class SumRing {
     for (int offset = 0; offset < row_bytes; offset += plan_.chunk_bytes) {
       if (lane_idx() < sum.count) {
         const int bytes = min(plan_.chunk_bytes, row_bytes - offset);
-        wait_full(empty_ + mine.stage, mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
-        ptx::fence_proxy_async_shared();                  // what the other warp has read is overwritten by a bulk load
+        wait_full(empty(mine.stage), mine.parity ^ 1);  // a fresh barrier has passed the phase before its first
+        ptx::fence_proxy_async_shared();                // what the other warp has read is overwritten by a bulk load
         ptx::mbarrier_arrive_expect_tx(full_ + mine.stage, bytes);
         ptx::bulk_load(memory_ + mine.stage * kSumChunkBytes, sum.row + offset, bytes, full_ + mine.stage);
       }
@@ -104,7 +104,7 @@ class SumRing {
       }
     }
     __syncwarp();
-    if (lane_idx() < kCount) ptx::mbarrier_arrive(empty_ + at(at_, lane_idx()).stage);
+    if (lane_idx() < kCount) ptx::mbarrier_arrive(empty(at(at_, lane_idx()).stage));
     at_ = at(at_, kCount);
   }
 
@@ -112,7 +112,6 @@ class SumRing {
   const int idx_;
   char* const memory_;
   uint64_t* const full_;
-  uint64_t* const empty_;
   RingPosition at_;
 };
 

@@ -46,7 +46,7 @@ class RouteSender {
     const int64_t entry = int64_t{token} * c_.shape.num_topk + slot_;
     routes.place = t_.source.rank_places[int64_t{token} * c_.num_locals() + local_];
     copy_words<kWidth>(routes.experts, t_.source.experts + entry);
-    if (c_.shape.row_per_expert()) copy_words<kWidth>(routes.rows, t_.source.expert_places + entry);
+    if (c_.per_expert) copy_words<kWidth>(routes.rows, t_.source.expert_places + entry);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {  // the caller's weights lie as they like
       routes.weights[i] = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry + i] : 1.0f;
@@ -58,7 +58,7 @@ class RouteSender {
     const RouteRecord to = RouteRecord::at(c_.shape, records_ + int64_t{routes.place + base_} * c_.sizes.record_bytes);
     copy_words<kWidth>(to.experts + slot_, routes.experts);
     copy_words<kWidth>(to.weights + slot_, routes.weights);
-    if (!c_.shape.row_per_expert()) return;
+    if (!c_.per_expert) return;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       routes.rows[i] = routes.experts[i] < 0 ? -1 : routes.rows[i] + expert_bases[routes.experts[i]];
@@ -79,7 +79,7 @@ class RouteSender {
 // A warp sends as many tokens at a time as it has lanes for their records.
 template <int kWidth>
 __device__ inline void send_records(const Context& c, const DispatchTask& t, int first_warp) {
-  constexpr int kTogether = kWidth == 4 ? 4 : 1;  // to wait for them together
+  constexpr int kTogether = kWidth == 4 ? 2 : 1;  // to wait for them together
   const int32_t* expert_bases = BasesArena(c, t.plan).expert_bases;
   const int of_record = c.shape.num_topk / kWidth, of_token = of_record * c.num_locals();
   const int tokens = max(1, kWarpThreads / of_token);
@@ -126,65 +126,67 @@ __device__ inline void write_routes(const ReceivedRouting& to, int64_t entry, co
   if (to.expert_rows != nullptr) copy_words<kWidth>(to.expert_rows + entry, routes.rows);
 }
 
-// The routing of the entries from `entry` on, and into the handle what only pulling needs.
+// kWidth slots of a rank row that has come, and into the handle what only pulling needs.
 template <int kWidth>
-__device__ inline KeptRoutes<kWidth> received_routes(const Context& c, const DispatchTask& t,
-                                                     const ReceivedRouting& kept, unsigned entry,
-                                                     unsigned num_entries) {
-  alignas(16) KeptRoutes<kWidth> routes{};
-  bool own[kWidth] = {};
-  if (entry < num_entries) {
-    const bool per_expert = c.shape.row_per_expert();
-    if (t.cached) {
-      copy_words<kWidth>(routes.experts, kept.topk_idx + entry);
-      copy_words<kWidth>(routes.weights, kept.topk_weights + entry);
-      if (per_expert) copy_words<kWidth>(routes.rows, kept.expert_rows + entry);
-    } else {
-      const auto topk = static_cast<unsigned>(c.shape.num_topk);
-      const unsigned slot = entry % topk;
-      const RouteRecord record = own_record(c, t, entry / topk);
-      copy_words<kWidth>(routes.experts, record.experts + slot);
-      copy_words<kWidth>(routes.weights, record.weights + slot);
-      if (per_expert) copy_words<kWidth>(routes.rows, record.expert_rows + slot);
-      if (per_expert && slot == 0) kept.from_row[entry / topk] = *record.from_row;
-    }
-    const int first = t.cached ? 0 : c.sizes.first_expert;  // the handle has local experts
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      routes.experts[i] -= first;
-      own[i] = static_cast<uint32_t>(routes.experts[i]) < static_cast<uint32_t>(c.sizes.num_local_experts);
-    }
+__device__ inline void read_routes(const Context& c, const DispatchTask& t, const ReceivedRouting& kept, int row,
+                                   int slot, KeptRoutes<kWidth>& routes) {
+  const int64_t entry = int64_t{row} * c.shape.num_topk + slot;
+  if (t.cached) {
+    copy_words<kWidth>(routes.experts, kept.topk_idx + entry);
+    copy_words<kWidth>(routes.weights, kept.topk_weights + entry);
+    if (c.per_expert) copy_words<kWidth>(routes.rows, kept.expert_rows + entry);
+    return;
   }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    if (!own[i]) routes.experts[i] = -1, routes.weights[i] = 0.0f;
-    if (!own[i] || !c.shape.row_per_expert()) routes.rows[i] = -1;
-  }
-  return routes;
+  const RouteRecord record = own_record(c, t, row);
+  copy_words<kWidth>(routes.experts, record.experts + slot);
+  copy_words<kWidth>(routes.weights, record.weights + slot);
+  if (!c.per_expert) return;
+  copy_words<kWidth>(routes.rows, record.expert_rows + slot);
+  if (slot == 0) kept.from_row[row] = *record.from_row;
 }
 
+// Of the slots of a row that has not come, and of those whose experts are at other ranks, nothing is left. The handle
+// has local experts.
+template <int kWidth>
+__device__ inline void keep_own(const Context& c, const DispatchTask& t, bool has_come, KeptRoutes<kWidth>& routes) {
+  const int first = t.cached ? 0 : c.sizes.first_expert;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const int expert = routes.experts[i] - first;
+    const bool own = has_come && static_cast<uint32_t>(expert) < static_cast<uint32_t>(c.sizes.num_local_experts);
+    routes.experts[i] = own ? expert : -1;
+    routes.weights[i] = own ? routes.weights[i] : 0.0f;
+    routes.rows[i] = own && c.per_expert ? routes.rows[i] : -1;
+  }
+}
+
+// A warp has as many rows at a time as it has lanes for their slots.
 template <int kWidth>
 __device__ inline void keep_routing(const Context& c, const DispatchTask& t, int first_warp) {
-  constexpr unsigned kTogether = kWidth == 4 ? 4 : 1;  // to wait for them together
-  const auto topk = static_cast<unsigned>(c.shape.num_topk);
-  const unsigned num_entries = static_cast<unsigned>(ReceivedCounts::at(c.shape, t.kept.counts).num_received[1]) * topk;
-  const unsigned all_entries = static_cast<unsigned>(t.result.capacity) * topk;
+  constexpr int kTogether = kWidth == 4 ? 2 : 1;  // to wait for them together
+  const int num_rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received[1];
+  const int capacity = static_cast<int>(t.result.capacity), of_row = c.shape.num_topk / kWidth;
   const ReceivedRouting kept = ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing);
   const ReceivedRouting result = ReceivedRouting::at(c.shape, t.result.capacity, t.result.routing);
-  const unsigned step = static_cast<unsigned>(all_warps(first_warp)) * kWarpThreads * kWidth;
-  const auto warp = static_cast<unsigned>(grid_warp_idx(first_warp));
-  const unsigned first = (warp * kWarpThreads + static_cast<unsigned>(lane_idx())) * kWidth;
-  for (unsigned entry = first; entry < all_entries; entry += kTogether * step) {
-    KeptRoutes<kWidth> routes[kTogether];
+  const int rows = kWarpThreads / of_row;
+  const int step = all_warps(first_warp) * rows, slot = lane_idx() % of_row * kWidth;
+  if (lane_idx() / of_row >= rows) return;
+#pragma unroll 1
+  for (int first = grid_warp_idx(first_warp) * rows + lane_idx() / of_row; first < capacity;
+       first += kTogether * step) {
+    KeptRoutes<kWidth> routes[kTogether]{};
 #pragma unroll
-    for (unsigned i = 0; i < kTogether; ++i) {
-      routes[i] = received_routes<kWidth>(c, t, kept, entry + i * step, num_entries);
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i * step < num_rows) read_routes<kWidth>(c, t, kept, first + i * step, slot, routes[i]);
     }
 #pragma unroll
-    for (unsigned i = 0; i < kTogether; ++i) {
-      if (entry + i * step >= all_entries) break;
-      if (!t.cached) write_routes<kWidth>(kept, entry + i * step, routes[i]);
-      write_routes<kWidth>(result, entry + i * step, routes[i]);
+    for (int i = 0; i < kTogether; ++i) {
+      const int row = first + i * step;
+      if (row >= capacity) break;
+      keep_own<kWidth>(c, t, row < num_rows, routes[i]);
+      const int64_t entry = int64_t{row} * c.shape.num_topk + slot;
+      if (!t.cached) write_routes<kWidth>(kept, entry, routes[i]);
+      write_routes<kWidth>(result, entry, routes[i]);
     }
   }
 }

@@ -14,7 +14,7 @@ __device__ inline void c1_side(const Context& c, const CombineTask& t) {
   auto* out = reinterpret_cast<float*>(c.own(Region::kCombineSide, c.lane));
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t entry = first; entry < entries; entry += step) {
-    if (c.shape.row_per_expert()) {
+    if (c.per_expert) {
       const int32_t row = routing.expert_rows[entry];
       out[entry] = row >= 0 ? t.args.side[row] : 0.0f;
     } else {

@@ -18,6 +18,12 @@ constexpr int kMaxRanksPerNode = 32;  // a warp has a lane for each
 constexpr int kMaxNodes = 256;
 constexpr int kWarpThreads = 32;
 
+// What there is a received row for: each token and rank, or each token and expert.
+enum class RowsPer : int { kRank, kExpert };
+DEEP_A2A_HOST_DEVICE inline RowsPer rows_per(const Shape& s) {
+  return s.row_per_expert() ? RowsPer::kExpert : RowsPer::kRank;
+}
+
 // Counts of blocks of a launch that have come to a point; the last block of a launch sets them back to zero.
 struct GridCounters {
   uint32_t counted;
@@ -63,9 +69,10 @@ struct Control {
 };
 
 // Pinned host memory that kernels write and the host reads: what a host that waits for counts wants to know, per lane.
+constexpr int32_t kRefusedRows = -1;
 struct CountReport {
-  uint64_t ticket;  // of the launch, written last
-  int32_t num_rows;
+  uint64_t ticket;   // of the launch, written last
+  int32_t num_rows;  // kRefusedRows where all ranks refuse the dispatch
   int32_t num_rank_rows;
 };
 

@@ -112,6 +112,9 @@ inline void validate(const Shape& s) {
   check_argument(s.max_recv_rows >= 0 && (s.layout != Layout::kPadded || s.max_recv_rows == 0),
                  "max_recv_rows must be positive, and absent with layout \"padded\" (see expert_capacity), got ",
                  s.max_recv_rows);
+  check_argument(s.all_tokens() * s.num_topk <= INT32_MAX,
+                 "num_ranks * num_max_tokens_per_rank * num_topk must fit 31 bits, got ", s.topology.num_ranks, " * ",
+                 s.max_tokens, " * ", s.num_topk);
   check_argument(
       s.slot_rows() <= INT32_MAX, "a slot of ", s.slot_rows(),
       " rows is too large (at most 2147483647): lower num_max_tokens_per_rank, max_recv_rows or expert_capacity");
