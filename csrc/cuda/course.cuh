@@ -49,6 +49,7 @@ __device__ inline Context context_of_call(const CallFrame<Task>& frame) {
 // All threads.
 template <class Task>
 __device__ inline void begin(const Context& c, const Task& t) {
+  for (int i = threadIdx.x; i < kMaxReadyParts; i += blockDim.x) c.shared.parts[i] = 0;
   for (int i = threadIdx.x; num_streams(c) > 0 && i < c.sizes.num_rounds; i += blockDim.x) c.shared.rounds[i] = 0;
   if (num_streams(c) > 0) keep_for_calls(c, t);
   if (threadIdx.x == 0) c.shared.refused = c.shared.slot_taken = c.shared.pushed = c.shared.recorded = 0;

@@ -10,7 +10,7 @@ namespace deep_a2a::cuda {
 
 enum class SumKind : int { kOwnRow, kPartEnd, kToken };
 
-// One row to be summed, or the end of a part.
+// One row to be summed, or a part of which this warp will sum no more rows.
 struct SumItem {
   SumKind kind = SumKind::kToken;
   int idx = 0;     // of an own row: among its source's; the part; the token
@@ -18,9 +18,9 @@ struct SumItem {
 };
 
 // The order of work. With parts of B rows, segment k is: rank rows [k * B, (k + 1) * B) of every source, then tokens
-// [(k - kLag) * B, (k - kLag + 1) * B), in units of kUnit, which warps take as they come. A token's row at a rank has
-// an index no larger than the token's own, so its terms belong to earlier segments, on every rank: whoever keeps to the
-// order waits for nothing that waits for him.
+// [(k - kLag) * B, (k - kLag + 1) * B). Warps take rows and tokens as they come, so that who comes to a place in the
+// order will do nothing before it. A token's row at a rank has an index no larger than the token's own, so its terms
+// belong to earlier segments, on every rank: whoever keeps to the order waits for nothing that waits for him.
 class SumSequence {
  public:
   // `rows_from`: by lane, own rows to be summed for each source.
@@ -28,70 +28,73 @@ class SumSequence {
       : c_(c),
         t_(t),
         rows_from_(rows_from),
-        num_parts_(parts_of(static_cast<int>(__reduce_max_sync(kFullWarp, rows_from)))),
-        units_(c.control.grid.moved_rows, num_warps(), num_segments() * units_of_segment()) {
-    begin_unit();
+        most_rows_(static_cast<int>(__reduce_max_sync(kFullWarp, rows_from))),
+        places_(c.control.grid.moved_rows, num_warps(), num_rows() + num_tokens()) {
+    enter();
   }
-
-  // The units of own rows that each part has.
-  __device__ int units_of_part() const { return c_.num_locals() << t_.plan.part_shift >> kUnitShift; }
 
   // The next item; false at the end. All lanes alike.
   __device__ bool next(SumItem& item) {
-    while (!units_.is_over()) {
-      item = {kind_, at_, 0};
-      if (kind_ == SumKind::kPartEnd) {
-        item.idx = segment_;
-        next_unit();
-        if (item.idx < num_parts_) return true;
-        continue;
+    while (true) {
+      if (ended_ < min(num_parts(), kind_ == SumKind::kOwnRow ? segment_ : segment_ + 1)) {
+        item = {SumKind::kPartEnd, ended_++};
+        return true;
       }
-      const bool ends_unit = (++at_ & (kUnit - 1)) == 0;
-      if (kind_ == SumKind::kToken) {
-        if (ends_unit) next_unit();
-        if (item.idx >= 0 && item.idx < num_tokens()) return true;
-        continue;
-      }
-      if (ends_unit) kind_ = SumKind::kPartEnd;
+      if (places_.is_over()) return false;
+      item = {kind_, idx_};
+      places_.advance();
+      enter();
+      if (item.kind == SumKind::kToken) return true;
       item.source = (c_.local_rank() + 1 + item.idx % c_.num_locals()) % c_.num_locals();  // rows go round the sources
       item.idx /= c_.num_locals();
       if (item.idx < __shfl_sync(kFullWarp, rows_from_, item.source)) return true;
     }
-    return false;
   }
 
  private:
-  // Other ranks may be behind by that many parts, and nobody waits for them.
-  static constexpr int kLag = 3;
-  static constexpr int kUnitShift = 2;  // no part is smaller
-  static constexpr int kUnit = 1 << kUnitShift;
+  static constexpr int kLag = 3;  // other ranks may be behind by that many parts, and nobody waits for them
 
+  __device__ int num_parts() const { return (most_rows_ + (1 << t_.plan.part_shift) - 1) >> t_.plan.part_shift; }
+  // With what is missing where a source has less rows than others.
+  __device__ int num_rows() const { return most_rows_ * c_.num_locals(); }
   __device__ int num_tokens() const { return t_.half != Half::kSend ? t_.num_tokens : 0; }
-  __device__ int parts_of(int rows) const { return (rows + (1 << t_.plan.part_shift) - 1) >> t_.plan.part_shift; }
-  __device__ int num_segments() const { return max(num_parts_, num_tokens() > 0 ? parts_of(num_tokens()) + kLag : 0); }
-  __device__ int units_of_segment() const { return units_of_part() + (1 << t_.plan.part_shift >> kUnitShift); }
-
-  __device__ void next_unit() {
-    units_.advance();
-    begin_unit();
+  __device__ int rows_of_segment() const {
+    const int each = c_.num_locals() << t_.plan.part_shift;
+    return min(max(num_rows() - segment_ * each, 0), each);
   }
-  __device__ void begin_unit() {
-    int unit = units_.row() - segment_ * units_of_segment();
-    for (; unit >= units_of_segment() && !units_.is_over(); ++segment_) unit -= units_of_segment();
-    const int token_unit = unit - units_of_part();
-    kind_ = token_unit < 0 ? SumKind::kOwnRow : SumKind::kToken;
-    at_ = token_unit < 0 ? (segment_ * c_.num_locals() << t_.plan.part_shift) + (unit << kUnitShift)
-                         : ((segment_ - kLag) << t_.plan.part_shift) + (token_unit << kUnitShift);
+  __device__ int tokens_of_segment() const {
+    const int part = segment_ - kLag;
+    return part < 0 ? 0 : min(max(num_tokens() - (part << t_.plan.part_shift), 0), 1 << t_.plan.part_shift);
+  }
+
+  // What is at the warp's place.
+  __device__ void enter() {
+    if (places_.is_over()) {
+      segment_ = num_parts();
+      return;
+    }
+    int row = places_.row() - segment_begin_, token = row - rows_of_segment();
+    while (token >= tokens_of_segment()) {
+      row = token - tokens_of_segment();
+      ++segment_;
+      token = row - rows_of_segment();
+    }
+    segment_begin_ = places_.row() - row;
+    kind_ = token < 0 ? SumKind::kOwnRow : SumKind::kToken;
+    idx_ = token < 0 ? (segment_ * c_.num_locals() << t_.plan.part_shift) + row
+                     : ((segment_ - kLag) << t_.plan.part_shift) + token;
   }
 
   const Context& c_;
   const CombineTask& t_;
   const int32_t rows_from_;
-  const int num_parts_;
-  RowTasks units_;
+  const int most_rows_;  // from one source
+  RowTasks places_;
   int segment_ = 0;
+  int segment_begin_ = 0;  // its first place
+  int ended_ = 0;          // parts
   SumKind kind_ = SumKind::kOwnRow;
-  int at_ = 0;  // the next of the unit
+  int idx_ = 0;  // of the row, round the sources, or of the token
 };
 
 // The sums of one warp. The window of a rank has room for a sum from every rank of the node for each of its tokens.
@@ -142,18 +145,12 @@ class PushedSums {
     return true;
   }
 
-  // The warp that adds the last unit of a part's rows tells all ranks that the part is there.
+  // The last warp of the last block to have added its rows of a part tells all ranks that it is there.
   __device__ void finish(const Fetched& fetched) const {
     if (fetched.item.kind != SumKind::kPartEnd) return;
     const int part = fetched.item.idx;
-    bool last = false;
-    __syncwarp();
-    if (lane_idx() == 0) {
-      last = grid_arrive(c_.control.grid.parts[part]) == static_cast<uint32_t>(sequence_.units_of_part()) - 1;
-    }
-    last = __any_sync(kFullWarp, last) != 0;
-    __syncwarp();
-    if (!last || lane_idx() >= c_.num_locals()) return;
+    if (!last_warp(c_.shared.parts[part], num_warps(), c_.control.grid.parts[part])) return;
+    if (lane_idx() >= c_.num_locals()) return;
     const int64_t idx = int64_t{c_.local_rank()} * kMaxReadyParts + part;
     signal(c_.team, c_.word(lane_idx(), Region::kReadyPart, c_.lane, idx), Tag::word(c_.epoch, c_.tag));
   }

@@ -31,9 +31,10 @@ struct BlockShared {
   uint32_t refused;
   uint32_t slot_taken;  // when first looked at, a rank had not released the slot
   uint32_t last_block;
-  uint32_t rounds[kMaxRounds];  // warps that have summed their tokens of it
-  uint32_t pushed;              // warps that have pushed all their rows
-  uint32_t recorded;            // warps that have sent all their records
+  uint32_t parts[kMaxReadyParts];  // warps that have added their rows of it
+  uint32_t rounds[kMaxRounds];     // warps that have summed their tokens of it
+  uint32_t pushed;                 // warps that have pushed all their rows
+  uint32_t recorded;               // warps that have sent all their records
 };
 
 // A kernel's parameters, for calls: what these take by reference would else lie behind the first-level cache, which
