@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 
 DIRECTORY = os.environ.get("DEEP_A2A_LOOPBACK_NETWORK")
-RANKS_PER_NODE = int(os.environ.get("DEEP_A2A_TEST_GPU_NODES", "1x1").split(",")[0].partition("x")[2])
+RANKS_PER_NODE = int((os.environ.get("DEEP_A2A_TEST_GPU_NODES") or "1x1").split(",")[0].partition("x")[2])
 
 
 @functools.cache

@@ -95,7 +95,7 @@ class Puller {
   // Items go round the sources of the node, starting behind the own rank, so that all links are busy at once.
   __device__ void run() {
     const int end = __reduce_max_sync(kFullWarp, rows_from_) * c_.num_locals();
-    RowTasks rows(c_.control.grid.moved_rows, t_.plan.push_warps, end);
+    RowTasks rows(c_.control.grid.moved_rows, t_.plan.push_warps, end, kFixedRows);
     move_rows(
         stages_, rows, [&](int row) { return fetch(row, end); },
         [&](const PullItem& item, int, int chunk, int stage) { load(item, chunk, stage); },

@@ -24,7 +24,7 @@ class Pusher {
   }
 
   __device__ void run() {
-    RowTasks tokens(c_.control.grid.moved_rows, t_.plan.push_warps, t_.args.num_tokens);
+    RowTasks tokens(c_.control.grid.moved_rows, t_.plan.push_warps, t_.args.num_tokens, kFixedRows);
     move_rows(
         stages_, tokens, [&](int token) { return fetch_place(token); },
         [&](int32_t place, int token, int chunk, int stage) { load(place, token, chunk, stage); },

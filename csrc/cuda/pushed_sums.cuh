@@ -29,7 +29,7 @@ class SumSequence {
         t_(t),
         rows_from_(rows_from),
         most_rows_(static_cast<int>(__reduce_max_sync(kFullWarp, rows_from))),
-        places_(c.control.grid.moved_rows, num_warps(), num_rows() + num_tokens()) {
+        places_(c.control.grid.moved_rows, num_warps(), num_rows() + num_tokens(), kFixedSums) {
     enter();
   }
 
@@ -52,7 +52,8 @@ class SumSequence {
   }
 
  private:
-  static constexpr int kLag = 3;  // other ranks may be behind by that many parts, and nobody waits for them
+  static constexpr int kLag = 3;        // other ranks may be behind by that many parts, and nobody waits for them
+  static constexpr int kFixedSums = 8;  // who holds the next two already takes too many of few
 
   __device__ int num_parts() const { return (most_rows_ + (1 << t_.plan.part_shift) - 1) >> t_.plan.part_shift; }
   // With what is missing where a source has less rows than others.

@@ -85,25 +85,30 @@ __device__ void move_items(const Stages& stages, Load&& load, Store&& store) {
   __syncwarp();
 }
 
-// Rows that warps take as they come, since some SMs are faster than others. The first two of each warp are fixed, so
+constexpr int kFixedRows = 2;  // of a warp that moves rows
+
+// Rows that warps take as they come, since some SMs are faster than others. The first few of each warp are fixed, so
 // that few rows are divided evenly; from then on the row after the next is asked of a counter of the grid.
 class RowTasks {
  public:
-  __device__ RowTasks(uint32_t& taken, int warps, int end)
+  __device__ RowTasks(uint32_t& taken, int warps, int end, int fixed_of_warp)
       : taken_(taken),
-        fixed_(2 * warps * static_cast<int>(gridDim.x)),
+        step_(warps * static_cast<int>(gridDim.x)),
+        fixed_(fixed_of_warp * step_),
         end_(end),
         row_(warp_idx() < warps ? grid_warp_idx() : end),
-        next_(row_ + fixed_ / 2) {}
+        next_(row_ + step_) {}
   __device__ int row() const { return row_; }
   __device__ bool is_over() const { return row_ >= end_; }
   __device__ void advance() {
     row_ = __shfl_sync(kFullWarp, next_, 0);
-    if (!is_over() && lane_idx() == 0) next_ = fixed_ + static_cast<int>(atomicAdd(&taken_, 1u));
+    if (is_over() || lane_idx() != 0) return;
+    next_ = row_ < fixed_ - step_ ? row_ + step_ : fixed_ + static_cast<int>(atomicAdd(&taken_, 1u));
   }
 
  private:
   uint32_t& taken_;
+  const int step_;
   const int fixed_;
   const int end_;
   int row_;
