@@ -166,6 +166,10 @@ class Case:
         )
 
 
+def divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
 def case_on(backend: str, **fields: Any) -> Case:
     """A case of `fields`, with the backend's usual ranks and SMs where they say nothing else."""
     num_sms = EMULATED_SMS if backend == "emulated" else None

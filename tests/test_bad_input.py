@@ -44,6 +44,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "ValueError",
         ["expert_alignment", "536870912", "31 bits"],
     ),
+    "slots beyond 31 bits": (
+        {"num_max_tokens_per_rank": 1 << 30, "max_recv_rows": 8},
+        "ValueError",
+        ["num_max_tokens_per_rank", "1073741824", "31 bits"],
+    ),
     "alignment of rank rows": ({"expert_alignment": 8}, "ValueError", ["expert_alignment", "expert", "8"]),
     "capacity of rank rows": ({"expert_capacity": 8}, "ValueError", ["expert_capacity", "padded", "8"]),
     "capacity of 0": ({"layout": "padded", "expert_capacity": 0}, "ValueError", ["expert_capacity", "1", "0"]),
