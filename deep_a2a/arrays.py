@@ -5,8 +5,10 @@ No array library is imported here: an array brings its own.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,7 +26,7 @@ class Device:
         return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class StreamRef:
     """A caller's stream. `owner` keeps it from being destroyed."""
 
@@ -79,8 +81,14 @@ class Library(Protocol):
     def rows(self, memory: Any, start: int, shape: tuple[int, int], pitch: int, dtype: str) -> Any:
         """A view of uint8 `memory` from byte `start` on, rows `pitch` bytes apart."""
 
-    def cut(self, block: Any, start: int, shape: tuple[int, ...], dtype: str) -> Any:
-        """A view of the words of an int32 [words] `block` from word `start` on."""
+    def pointer(self, value: Any) -> int:
+        """The address of one of this library's arrays."""
+
+    def parts(self, block: Any, sizes: list[int]) -> Sequence[Any]:
+        """Views of a one-dimensional `block`, one after the other; `sizes` add up to its own."""
+
+    def table(self, words: Any, num_rows: int, columns: int, dtype: str) -> Any:
+        """A view of int32 as [num_rows, columns] of int32 or float32."""
 
     def spread(self, values: Any, rows: Any, num_rows: int) -> Any:
         """float32 [num_rows]: each of `values` in its row, 0 elsewhere; rows of -1 are nowhere."""
@@ -94,12 +102,13 @@ class Library(Protocol):
     def current_stream(self, device: Device) -> StreamRef: ...
 
 
+@functools.cache
 def library_named(name: str) -> Library:
     """The library "torch", "cupy" or "numpy", imported if it has to be."""
     if name == "torch":
         from deep_a2a.torch_arrays import TorchLibrary
 
-        return TorchLibrary.shared()
+        return TorchLibrary()
     from deep_a2a.numpy_arrays import NumpyLibrary
 
     return NumpyLibrary.shared(name)

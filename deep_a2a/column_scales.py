@@ -35,7 +35,7 @@ class ColumnScales:
         pitch = -(-num_rows // _TMA_WORDS) * _TMA_WORDS
         dtype = SCALE_COLUMN_DTYPES[payload.scale_dtype]
         block = payload.library.empty((*groups, num_columns, pitch), dtype, backend.device)
-        pointer = payload.library.describe(block).pointer
+        pointer = payload.library.pointer(block)
         return cls(block.swapaxes(-1, -2)[..., :num_rows, :], pointer, pitch)
 
 

@@ -161,8 +161,8 @@ class CpuDispatch:
             x = library.empty((num_rows, hidden), payload.dtype, backend.device)
             if scale_dtype is not None:
                 scales = library.empty((num_rows, payload.scale_columns), scale_dtype, backend.device)
-            owned_scales = 0 if scale_dtype is None else library.describe(scales).pointer
-            self._launch_receive(library.describe(x).pointer, owned_scales, columns)
+            owned_scales = 0 if scale_dtype is None else library.pointer(scales)
+            self._launch_receive(library.pointer(x), owned_scales, columns)
             return x, scales
         x = backend.view(library, "recv_rows", self._slot, num_rows, hidden, payload.dtype)
         if scale_dtype is not None:
@@ -210,8 +210,8 @@ class CpuCombine:
             side=address(request.side),
             weighted=request.weighted,
             with_side=request.side is not None,
-            out=library.describe(self.x).pointer,
-            side_out=0 if self.side is None else library.describe(self.side).pointer,
+            out=library.pointer(self.x),
+            side_out=0 if self.side is None else library.pointer(self.side),
             handle=request.handle.call.handle,
         )
         self.sent = CpuEvent(self._call.sent)

@@ -11,6 +11,7 @@ from deep_a2a.arrays import Device, Library, StreamRef
 from deep_a2a.backend import CombineRequest, DispatchRequest
 from deep_a2a.cuda_combine import CudaCombine
 from deep_a2a.cuda_dispatch import CudaDispatch
+from deep_a2a.received import ReceivedLayout
 from deep_a2a.results import Event
 from deep_a2a.settings import Settings
 from deep_a2a.streams import CudaEvent, LaneStream, StreamChoice
@@ -45,6 +46,8 @@ class CudaBackend:
         self.device = device
         self.num_sms = num_sms
         self.half: type[_cuda.Half] = native.Half
+        self.received_layout = ReceivedLayout(settings, rank)
+        self.relay_words = -(-rank.relay_bytes() // 4)
         self.lanes = [LaneStream(native, ordinal, choice) for _ in range(settings.num_lanes)]
         self._native = native
         self._rank: _cuda.Rank | None = rank

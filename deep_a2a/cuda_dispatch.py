@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deep_a2a._cpu import SCALE_ALIGNMENT
-from deep_a2a.arrays import Array, Library
 from deep_a2a.backend import DispatchRequest, Halves, Received
 from deep_a2a.column_scales import ColumnScales, pointer_and_pitch
-from deep_a2a.received import ReceivedBlocks
+from deep_a2a.received import ReceivedArrays
 from deep_a2a.slot_use import CudaSlotUse
 from deep_a2a.streams import CudaEvent
 
@@ -21,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class CudaHandle:
-    """What a dispatch handle keeps on the GPU: the way of the tokens of this rank, and the rows that it received."""
+    """What a dispatch handle keeps on the GPU: the way of the tokens of this rank, and the rows that it received.
 
-    library: Library
-    source: Array
-    relay: Array
-    kept: ReceivedBlocks
+    `source` and `relay` are addresses in the first block of `kept`.
+    """
+
+    source: int
+    relay: int
+    kept: ReceivedArrays
     received: CudaEvent | None = None  # None before the receive half is launched
 
 
@@ -45,13 +46,12 @@ class CudaDispatch:
         self._sizes = self._known_sizes()
         if capturing and self._sizes is None:
             raise ValueError("host_sync must be False while a CUDA graph is captured, got True: a graph has no host")
-        self._result = ReceivedBlocks.for_counts(backend, library)
+        capacity = None if self._sizes is None else self._sizes[1]
+        self._result, _ = ReceivedArrays.take(backend, library, capacity)
         if request.handle is None:
-            num_bytes = max(backend.rank.source_bytes(request.payload.num_tokens), 1)
-            source = library.describe(library.empty((num_bytes,), "uint8", backend.device))
-            relay_bytes = max(backend.rank.relay_bytes(), 1)
-            relay = library.describe(library.empty((relay_bytes,), "uint8", backend.device))
-            self.handle = CudaHandle(library, source, relay, ReceivedBlocks.for_counts(backend, library))
+            source_words = backend.rank.source_bytes(request.payload.num_tokens) // 4
+            kept, (source, relay) = ReceivedArrays.take(backend, library, capacity, source_words, backend.relay_words)
+            self.handle = CudaHandle(source, relay, kept)
         else:
             self.handle = request.handle.call
         self._x: Any = None
@@ -79,7 +79,8 @@ class CudaDispatch:
         capturing = self._event.captured
         if self._launched is backend.half.send:
             self._reader, capturing = backend.begin(self._library)
-            if self._result.routing is None:
+            if self._result.capacity is None:
+                self._add_routing()
                 self._make_room()
                 self._stream = self._lane.enter(self._reader, capturing)
             else:
@@ -123,14 +124,17 @@ class CudaDispatch:
             return shape.slot_rows, shape.slot_rank_rows
         return None if handle is None else (handle.num_rows or 0, handle.num_rank_rows or 0)
 
+    def _add_routing(self) -> None:
+        assert self._sizes is not None
+        self._result.add_routing(self._backend, self._library, self._sizes[1])
+        if self._request.handle is None:
+            self.handle.kept.add_routing(self._backend, self._library, self._sizes[1])
+
     def _make_room(self) -> None:
         """For what takes as much memory as there are rows."""
         assert self._sizes is not None
-        num_rows, num_rank_rows = self._sizes
+        num_rows = self._sizes[0]
         backend, payload, library = self._backend, self._request.payload, self._library
-        self._result.add_routing(backend, library, num_rank_rows)
-        if self._request.handle is None:
-            self.handle.kept.add_routing(backend, library, num_rank_rows)
         if self._request.owned:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             self._x = library.empty((num_rows, hidden), payload.dtype, backend.device)
@@ -164,14 +168,14 @@ class CudaDispatch:
             scale_format=payload.scale_format,
             zero_padding=request.zero_padding,
             cached=request.handle is not None,
-            source=self.handle.source.pointer,
-            relay=self.handle.relay.pointer,
-            kept_counts=kept.counts.pointer,
-            kept_routing=kept.routing_pointer,
-            kept_capacity=kept.capacity,
-            result_counts=result.counts.pointer,
-            result_routing=result.routing_pointer,
-            result_capacity=result.capacity,
+            source=self.handle.source,
+            relay=self.handle.relay,
+            kept_counts=kept.counts,
+            kept_routing=kept.routing,
+            kept_capacity=kept.capacity or 0,
+            result_counts=result.counts,
+            result_routing=result.routing,
+            result_capacity=result.capacity or 0,
             column_scales=column_scales,
             column_words=column_words,
         )
@@ -189,8 +193,8 @@ class CudaDispatch:
             num_rows=self._sizes[0],
             payload_bytes=payload.payload_bytes,
             scale_bytes=payload.scale_bytes,
-            rows=library.describe(self._x).pointer,
-            scales=0 if self._scales is None else library.describe(self._scales).pointer,
+            rows=library.pointer(self._x),
+            scales=0 if self._scales is None else library.pointer(self._scales),
         )
 
     def _received(self) -> Received:
@@ -208,4 +212,4 @@ class CudaDispatch:
         if self._columns is not None:
             scales = self._columns.value
         known = (None, None) if request.fixed_shapes else (num_rows, num_rank_rows)
-        return self._result.as_received(backend, library, x, scales, known, self._event)
+        return self._result.as_received(backend.received_layout, library, x, scales, known, self._event)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from deep_a2a.arrays import Array, Device, StreamRef
@@ -32,12 +34,10 @@ class NumpyLibrary:
     def describe(self, value: Any) -> Array:
         dtype = value.dtype.name
         library = NumpyLibrary.shared(self.name, foreign=True) if dtype in STAND_INS else self
-        device, pointer = Device("cpu"), 0
-        if self.name == "cupy":
-            device, pointer = Device("cuda", value.device.id), value.data.ptr
-        else:
-            pointer = value.__array_interface__["data"][0]
-        return Array(value, library, pointer, value.shape, value.strides, dtype, value.dtype.itemsize, device)
+        device = Device("cuda", value.device.id) if self.name == "cupy" else Device("cpu")
+        return Array(
+            value, library, self.pointer(value), value.shape, value.strides, dtype, value.dtype.itemsize, device
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         if self.name == "numpy":
@@ -62,11 +62,16 @@ class NumpyLibrary:
             return self._module.ndarray(shape, kind, memory.data + start, strides)
         return self._module.ndarray(shape, kind, memory, start, strides)
 
-    def cut(self, block: Any, start: int, shape: tuple[int, ...], dtype: str) -> Any:
-        kind = self._dtype(dtype)
-        if self.name == "cupy":
-            return self._module.ndarray(shape, kind, block.data + start * 4)
-        return self._module.ndarray(shape, kind, block, start * 4)
+    def pointer(self, value: Any) -> int:
+        pointer: int = value.data.ptr if self.name == "cupy" else value.__array_interface__["data"][0]
+        return pointer
+
+    def parts(self, block: Any, sizes: list[int]) -> Sequence[Any]:
+        ends = list(itertools.accumulate(sizes))
+        return [block[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    def table(self, words: Any, num_rows: int, columns: int, dtype: str) -> Any:
+        return words.view(dtype).reshape(num_rows, columns)
 
     def spread(self, values: Any, rows: Any, num_rows: int) -> Any:
         flat = self._module.zeros(num_rows + 1, "float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 
 from deep_a2a._cpu import STAGED_ROUNDS
 from deep_a2a.backend import Backend, CombineRequest, DispatchCall, DispatchRequest, Received
@@ -26,7 +27,8 @@ class Operations:
         self._leased: set[int] = set()
         self._overdue: list[tuple[int, SlotUse]] = []  # leases that were dropped where they could not end
         self._half_open: dict[int, str] = {}  # by lane: the operation that waits for its recv()
-        self._in_flight: list[tuple[Event, tuple[object, ...]]] = []  # what native code still points to
+        self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()  # what native code still points to
+        self._in_graphs: list[tuple[object, ...]] = []  # what it points to whenever a graph is replayed
 
     def dispatch(self, request: DispatchRequest, *, async_op: bool) -> PendingDispatch:
         """Launch the send half of a dispatch, cached where there is a handle."""
@@ -106,8 +108,9 @@ class Operations:
         """Finish what is under way, stop the lanes."""
         with self._lock:
             self._closed = True
-        in_flight, self._in_flight = self._in_flight, []
-        self.backend.close(in_flight)
+        in_use = (self._in_flight, self._in_graphs)
+        self._in_flight, self._in_graphs = deque(), []
+        self.backend.close(in_use)
 
     def _result(
         self, call: DispatchCall, request: DispatchRequest, received: Received, lease: Lease, async_op: bool
@@ -179,7 +182,13 @@ class Operations:
         return Lease(self, free[0])
 
     def _keep(self, until: Event, *things: object) -> None:
-        """Hold `things` while native code may touch them."""
-        if self.backend.may_poll():
-            self._in_flight = [entry for entry in self._in_flight if not entry[0].done()]
-        self._in_flight.append((until, things))
+        """Hold `things` while native code may touch them. Drops what it no longer does, as far as that is at hand."""
+        if not self.backend.may_poll():
+            self._in_graphs.append(things)
+            return
+        in_flight = self._in_flight
+        if in_flight and in_flight[-1][0] is until:
+            things = (*in_flight.pop()[1], *things)
+        while in_flight and in_flight[0][0].done():
+            in_flight.popleft()
+        in_flight.append((until, things))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _FP8 = tuple(FP8_NAMES.values())
 _E8M0 = "float8_e8m0fnu"
 _SCALES = ("float32", "uint8", _E8M0)
+_SCALE_LAYOUTS = {layout.value: layout for layout in ScaleLayout}
 
 
 def describe(value: Any) -> str:
@@ -38,14 +39,12 @@ def describe(value: Any) -> str:
 def check_array(
     name: str, value: Any, dtypes: tuple[str, ...], shape: tuple[int | None, ...], device: Device, or_else: str = ""
 ) -> Array:
-    """`value` if it is an array of one of `dtypes`, of `shape` (None: any size) and on `device`."""
+    """`value` if it is an array of one of `dtypes`, of `shape` (None as the first: any size) and on `device`."""
     array = as_array(value)
     if array is not None:
         array = _spelled_out(array, dtypes)
-        fits = len(array.shape) == len(shape) and all(
-            want in (None, size) for want, size in zip(shape, array.shape, strict=True)
-        )
-        if fits and array.dtype in dtypes and array.device == device:
+        expected_shape = (*array.shape[:1], *shape[1:]) if shape[0] is None else shape
+        if array.dtype in dtypes and array.device == device and array.shape == expected_shape:
             return array
     sizes = str(list(shape)).replace("None", "any")
     place = "CPU tensor" if device.kind == "cpu" else f"tensor on {device}"
@@ -160,10 +159,9 @@ def _check_fp8(x: tuple[Any, ...], hidden: int, device: Device) -> Payload:
 
 def check_scale_layout(scale_layout: Any, payload: Payload) -> ScaleLayout:
     """Of the scales of `payload` in the result."""
-    names = [layout.value for layout in ScaleLayout]
-    if not isinstance(scale_layout, str) or scale_layout not in names:
-        raise ValueError(f"scale_layout must be one of {names}, got {describe(scale_layout)}")
-    chosen = ScaleLayout(scale_layout)
+    chosen = _SCALE_LAYOUTS.get(scale_layout) if isinstance(scale_layout, str) else None
+    if chosen is None:
+        raise ValueError(f"scale_layout must be one of {list(_SCALE_LAYOUTS)}, got {describe(scale_layout)}")
     if chosen is not ScaleLayout.row_major and payload.scale_dtype is None:
         raise ValueError(
             f"scale_layout must be 'row_major' where rows arrive without scales ({payload.dtype}: FP8 has some, see "

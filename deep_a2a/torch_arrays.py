@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,9 @@ from deep_a2a.arrays import Array, Device, StreamRef
 
 
 class TorchLibrary:
-    """See ``arrays.Library``."""
+    """See ``arrays.Library``. Views of the window outlast an inference mode that they happen to be made in."""
 
     name = "torch"
-
-    @staticmethod
-    @functools.cache
-    def shared() -> TorchLibrary:
-        return TorchLibrary()
 
     def describe(self, value: Any) -> Array:
         name, item_bytes = _description(value.dtype)
@@ -28,27 +23,38 @@ class TorchLibrary:
         return Array(value, self, value.data_ptr(), tuple(value.shape), strides, name, item_bytes, device)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> torch.Tensor:
-        return torch.empty(shape, dtype=_dtype(dtype), device=str(device))
+        return torch.empty(shape, dtype=_dtype(dtype), device=_torch_device(device))
 
+    @torch.inference_mode(False)
     def from_buffer(self, buffer: Any, dtype: str) -> torch.Tensor:
         if memoryview(buffer).nbytes == 0:
             return torch.empty(0, dtype=_dtype(dtype))
         return torch.frombuffer(buffer, dtype=_dtype(dtype))
 
+    @torch.inference_mode(False)
     def from_device(self, address: int, nbytes: int, owner: object, device: Device) -> torch.Tensor:
         return torch.as_tensor(_DeviceMemory(address, nbytes, owner), device=str(device))
 
+    @torch.inference_mode(False)
     def rows(self, memory: Any, start: int, shape: tuple[int, int], pitch: int, dtype: str) -> torch.Tensor:
         num_rows, columns = shape
         kind = _dtype(dtype)
         row_bytes = columns * kind.itemsize
         rows: torch.Tensor = memory[start : start + num_rows * pitch].view(num_rows, pitch)[:, :row_bytes].view(kind)
-        return rows
+        # Without .data autograd would take what is written anywhere in the window for a change of these rows.
+        return rows.data
 
-    def cut(self, block: Any, start: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        words = block[start : start + math.prod(shape)]
-        cut: torch.Tensor = words.view(_dtype(dtype)).view(shape)
-        return cut
+    def pointer(self, value: Any) -> int:
+        pointer: int = value.data_ptr()
+        return pointer
+
+    def parts(self, block: Any, sizes: list[int]) -> Sequence[torch.Tensor]:
+        parts: tuple[torch.Tensor, ...] = block.split_with_sizes(sizes)
+        return parts
+
+    def table(self, words: Any, num_rows: int, columns: int, dtype: str) -> torch.Tensor:
+        table: torch.Tensor = words.view(num_rows, columns)
+        return table if dtype == "int32" else table.view(_dtype(dtype))
 
     def spread(self, values: Any, rows: Any, num_rows: int) -> torch.Tensor:
         flat = torch.zeros(num_rows + 1, dtype=torch.float32, device=values.device)
@@ -64,8 +70,9 @@ class TorchLibrary:
         return _description(dtype)[0] if isinstance(dtype, torch.dtype) else None
 
     def current_stream(self, device: Device) -> StreamRef:
-        stream = torch.cuda.current_stream(device.index)
-        return StreamRef(stream.cuda_stream, stream)
+        # Not torch.cuda.current_stream(), which makes an object and takes ten times as long. torch's streams are never
+        # destroyed.
+        return StreamRef(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 class _DeviceMemory:
@@ -93,6 +100,11 @@ def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+@functools.cache
+def _torch_device(device: Device) -> torch.device:
+    return torch.device(str(device))
 
 
 @functools.cache

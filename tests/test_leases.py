@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -82,6 +83,47 @@ def shared_memory(backend: str) -> int:
 @on_backends
 def test_views_outlive_the_buffer(pools: Callable[[int], Pool], backend: str) -> None:
     pools(8 if backend == "cpu" else 4).run(keep_views, backend)
+
+
+def train_after_evaluating(group: dist.ProcessGroup, backend: str) -> None:
+    """What torch makes in inference mode is of no use to autograd later; the window is for both."""
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
+        with torch.inference_mode():
+            send_ones(buffer, 2.0).release()
+            buffer.lend_input(2)
+        result = send_ones(buffer, 3.0)
+        weight = torch.ones(buffer.hidden, dtype=torch.bfloat16, device=result.x.device, requires_grad=True)
+        loss = (result.x * weight).sum()  # keeps the rows for its backward pass
+        buffer.lend_input(2).fill_(9)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None and weight.grad.tolist() == [3 * result.x.shape[0]] * buffer.hidden
+        assert not buffer.lend_input(2).is_inference()
+
+
+@on_backends
+def test_inference_before_training(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(8 if backend == "cpu" else 4).run(train_after_evaluating, backend)
+
+
+def forget_inputs(group: dist.ProcessGroup, backend: str) -> None:
+    """What an operation refers to goes with the next one, when that finds it at its end."""
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
+        refs = []
+        for value in (1.0, 2.0, 3.0):
+            x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16, device=device_of(backend))
+            idx = torch.zeros(2, 2, dtype=torch.int64, device=x.device)
+            result = buffer.dispatch(x, idx)
+            result.release()
+            refs += [weakref.ref(x), weakref.ref(idx)]
+            if backend == "cuda":
+                torch.cuda.synchronize()
+            del x, idx
+        assert [ref() is None for ref in refs[:4]] == [True] * 4
+
+
+@on_backends
+def test_inputs_are_not_kept(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(8 if backend == "cpu" else 4).run(forget_inputs, backend)
 
 
 # ---- slow readers ----------------------------------------------------------------------------------------------
