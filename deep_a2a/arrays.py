@@ -81,6 +81,9 @@ class Library(Protocol):
     def rows(self, memory: Any, start: int, shape: tuple[int, int], pitch: int, dtype: str) -> Any:
         """A view of uint8 `memory` from byte `start` on, rows `pitch` bytes apart."""
 
+    def first(self, rows: Any, num_rows: int) -> Any:
+        """A view of the first of them, whose past and future (in autograd) are its own."""
+
     def pointer(self, value: Any) -> int:
         """The address of one of this library's arrays."""
 

@@ -76,14 +76,20 @@ class Received:
     num_rows_tensor: torch.Tensor
     num_rows: int | None
     num_rank_rows: int | None
-    event: Event
+    event: LaneEvent
+
+
+class LaneEvent(Event, Protocol):
+    """The event of an operation."""
+
+    captured: bool  # it is a point in a CUDA graph, which is passed in every replay, and may never be asked
 
 
 class DispatchCall(Protocol):
     """A dispatch whose send half is launched."""
 
     @property
-    def sent(self) -> Event: ...
+    def sent(self) -> LaneEvent: ...
 
     @property
     def handle(self) -> Any:
@@ -98,7 +104,7 @@ class DispatchCall(Protocol):
     def receive(self) -> Received:
         """Launches the receive half."""
 
-    def abandon(self) -> Event | None:
+    def abandon(self) -> LaneEvent | None:
         """After a failure: launches what the peers still count on, until the event."""
 
 
@@ -106,12 +112,12 @@ class CombineCall(Protocol):
     """A combine whose send half is launched."""
 
     @property
-    def sent(self) -> Event: ...
+    def sent(self) -> LaneEvent: ...
 
     x: Any
     side: Any
 
-    def receive(self) -> Event:
+    def receive(self) -> LaneEvent:
         """Launches the receive half; the event is passed when `x` and `side` may be read."""
 
 

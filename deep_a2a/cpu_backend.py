@@ -17,6 +17,8 @@ from deep_a2a.windows import WindowViews
 class CpuEvent:
     """A point on a lane, as the caller waits for it: here the host is all there is."""
 
+    captured = False
+
     def __init__(self, native: _cpu.Event) -> None:
         self._native = native
 

@@ -46,9 +46,9 @@ class CudaDispatch:
         self._sizes = self._known_sizes()
         if capturing and self._sizes is None:
             raise ValueError("host_sync must be False while a CUDA graph is captured, got True: a graph has no host")
-        capacity = None if self._sizes is None else self._sizes[1]
-        self._result, _ = ReceivedArrays.take(backend, library, capacity)
+        self._result, _ = ReceivedArrays.take(backend, library, None)
         if request.handle is None:
+            capacity = None if self._sizes is None else self._sizes[1]
             source_words = backend.rank.source_bytes(request.payload.num_tokens) // 4
             kept, (source, relay) = ReceivedArrays.take(backend, library, capacity, source_words, backend.relay_words)
             self.handle = CudaHandle(source, relay, kept)
@@ -80,7 +80,6 @@ class CudaDispatch:
         if self._launched is backend.half.send:
             self._reader, capturing = backend.begin(self._library)
             if self._result.capacity is None:
-                self._add_routing()
                 self._make_room()
                 self._stream = self._lane.enter(self._reader, capturing)
             else:
@@ -124,17 +123,14 @@ class CudaDispatch:
             return shape.slot_rows, shape.slot_rank_rows
         return None if handle is None else (handle.num_rows or 0, handle.num_rank_rows or 0)
 
-    def _add_routing(self) -> None:
-        assert self._sizes is not None
-        self._result.add_routing(self._backend, self._library, self._sizes[1])
-        if self._request.handle is None:
-            self.handle.kept.add_routing(self._backend, self._library, self._sizes[1])
-
     def _make_room(self) -> None:
         """For what takes as much memory as there are rows."""
         assert self._sizes is not None
-        num_rows = self._sizes[0]
+        num_rows, num_rank_rows = self._sizes
         backend, payload, library = self._backend, self._request.payload, self._library
+        self._result.add_routing(backend, library, num_rank_rows)
+        if self.handle.kept.capacity is None:
+            self.handle.kept.add_routing(backend, library, num_rank_rows)
         if self._request.owned:
             hidden, columns = backend.settings.hidden, payload.scale_columns
             self._x = library.empty((num_rows, hidden), payload.dtype, backend.device)

@@ -62,6 +62,9 @@ class NumpyLibrary:
             return self._module.ndarray(shape, kind, memory.data + start, strides)
         return self._module.ndarray(shape, kind, memory, start, strides)
 
+    def first(self, rows: Any, num_rows: int) -> Any:
+        return rows[:num_rows]
+
     def pointer(self, value: Any) -> int:
         pointer: int = value.data.ptr if self.name == "cupy" else value.__array_interface__["data"][0]
         return pointer

@@ -7,12 +7,12 @@ import weakref
 from collections import deque
 
 from deep_a2a._cpu import STAGED_ROUNDS
-from deep_a2a.backend import Backend, CombineRequest, DispatchCall, DispatchRequest, Received
+from deep_a2a.backend import Backend, CombineRequest, DispatchCall, DispatchRequest, LaneEvent, Received
 from deep_a2a.errors import LeaseError
 from deep_a2a.formats import ScaleLayout
 from deep_a2a.leases import Lease, Release, SlotUse
 from deep_a2a.pending import Pending, PendingCombine, PendingDispatch
-from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult, Event
+from deep_a2a.results import CombineResult, DispatchHandle, DispatchResult
 from deep_a2a.settings import Settings
 
 
@@ -27,7 +27,10 @@ class Operations:
         self._leased: set[int] = set()
         self._overdue: list[tuple[int, SlotUse]] = []  # leases that were dropped where they could not end
         self._half_open: dict[int, str] = {}  # by lane: the operation that waits for its recv()
-        self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()  # what native code still points to
+        # By lane: what native code still points to until an event, in the order of the events.
+        self._in_flight: list[deque[tuple[LaneEvent, tuple[object, ...]]]] = [
+            deque() for _ in range(settings.num_lanes)
+        ]
         self._in_graphs: list[tuple[object, ...]] = []  # what it points to whenever a graph is replayed
 
     def dispatch(self, request: DispatchRequest, *, async_op: bool) -> PendingDispatch:
@@ -42,7 +45,7 @@ class Operations:
                 raise
             lease.bind(call.slot_use)
             self._half_open[request.lane] = "dispatch"
-            self._keep(call.sent, call, request)
+            self._keep(request.lane, call.sent, call, request)
         # Of the half that reads the input last; None before it is launched.
         sent = None if self.backend.shape.num_rounds > STAGED_ROUNDS else call.sent
 
@@ -54,7 +57,7 @@ class Operations:
                 with self._lock:
                     self._check_open()
                     received = call.receive()
-                    self._keep(received.event, call, request, received)
+                    self._keep(request.lane, received.event, call, request, received)
                     sent = received.event if sent is None else sent
                     result = self._result(call, request, received, lease, async_op)
                 if not async_op:
@@ -63,7 +66,7 @@ class Operations:
                 with self._lock:
                     abandoned = None if self._closed else call.abandon()
                     if abandoned is not None:
-                        self._keep(abandoned, call, request)
+                        self._keep(request.lane, abandoned, call, request)
                     if sent is None:
                         sent = abandoned or call.sent
                 lease.end(Release.unread)
@@ -80,14 +83,15 @@ class Operations:
             self._check_lane(request.lane)
             call = self.backend.combine(request)
             self._half_open[request.lane] = "combine"
-            self._keep(call.sent, call, request)
+            self._keep(request.lane, call.sent, call, request)
 
         def receive() -> CombineResult:
             try:
                 with self._lock:
                     self._check_open()
                     event = call.receive()
-                    self._keep(event, call, request)  # the rows too: where they are lent, peers read them until the end
+                    # The rows too: where they are lent, peers read them until the end.
+                    self._keep(request.lane, event, call, request)
             finally:
                 self._end(request.lane)
             if not async_op:
@@ -109,7 +113,7 @@ class Operations:
         with self._lock:
             self._closed = True
         in_use = (self._in_flight, self._in_graphs)
-        self._in_flight, self._in_graphs = deque(), []
+        self._in_flight, self._in_graphs = [], []
         self.backend.close(in_use)
 
     def _result(
@@ -181,14 +185,15 @@ class Operations:
         self._leased.add(free[0])
         return Lease(self, free[0])
 
-    def _keep(self, until: Event, *things: object) -> None:
-        """Hold `things` while native code may touch them. Drops what it no longer does, as far as that is at hand."""
-        if not self.backend.may_poll():
+    def _keep(self, lane: int, until: LaneEvent, *things: object) -> None:
+        """Hold `things` while native code may touch them, and let go of others that it no longer does."""
+        if until.captured:
             self._in_graphs.append(things)
             return
-        in_flight = self._in_flight
-        if in_flight and in_flight[-1][0] is until:
-            things = (*in_flight.pop()[1], *things)
-        while in_flight and in_flight[0][0].done():
-            in_flight.popleft()
-        in_flight.append((until, things))
+        mine = self._in_flight[lane]
+        if mine and mine[-1][0] is until:
+            things = (*mine.pop()[1], *things)
+        mine.append((until, things))
+        for in_flight in self._in_flight if self.backend.may_poll() else ():
+            while in_flight and in_flight[0][0].done():
+                in_flight.popleft()

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deep_a2a.arrays import Device, Library
-from deep_a2a.backend import Received
-from deep_a2a.results import Event
+from deep_a2a.backend import LaneEvent, Received
 from deep_a2a.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,17 +18,13 @@ _WORD_BYTES = 4
 
 
 class ReceivedLayout:
-    """How many words of int32 each array takes, in the order of ReceivedCounts and ReceivedRouting (team.hpp).
-
-    One block holds them all where it can: to take memory is what costs the host most.
-    """
+    """How many words of int32 each array takes, in the order of ReceivedCounts and ReceivedRouting (team.hpp)."""
 
     def __init__(self, settings: Settings, rank: _cuda.Rank) -> None:
         num_local = settings.num_experts // settings.num_ranks
-        counts = [2, settings.num_ranks, num_local, num_local + 1, settings.num_experts]
-        assert sum(counts) == rank.counts_words()
-        self.counts = [*counts, -sum(counts) % _LINE_WORDS]
+        self.counts = [2, settings.num_ranks, num_local, num_local + 1, settings.num_experts]
         self.counts_words = sum(self.counts)
+        assert self.counts_words == rank.counts_words()
         self.num_topk = settings.num_topk
         self.per_expert = settings.layout != "rank"
         assert self.routing_words(1) == rank.routing_words(1)
@@ -45,7 +40,11 @@ class ReceivedLayout:
 
 @dataclass(slots=True, eq=False)
 class ReceivedArrays:
-    """Addresses, as native code takes them, in `blocks` of int32. Of the routing once its capacity is known."""
+    """Addresses, as native code takes them, in `blocks` of int32. Of the routing once its capacity is known.
+
+    What a handle keeps is in one block where it can be: to take memory costs the host most. What a result shows is in
+    two, since whoever keeps its counts should not keep all of its routing.
+    """
 
     blocks: list[Any]
     counts: int
@@ -83,15 +82,16 @@ class ReceivedArrays:
         x: Any,
         scales: Any,
         known: tuple[int | None, int | None],
-        event: Event,
+        event: LaneEvent,
     ) -> Received:
-        """With the fields of a result as views of the blocks, which hold nothing else."""
+        """With the fields of a result as views of its blocks."""
         assert self.capacity is not None
         capacity, num_topk = self.capacity, layout.num_topk
-        routing = layout.routing(capacity)
-        sizes = [[*layout.counts, *routing]] if len(self.blocks) == 1 else [layout.counts, routing]
-        parts = [part for block, words in zip(self.blocks, sizes, strict=True) for part in library.parts(block, words)]
-        num_rows_tensor, rows_per_rank, rows_per_expert, expert_offsets, expert_load, _, *by_slot = parts
+        counts, routing = self.blocks
+        by_slot = library.parts(routing, layout.routing(capacity))
+        num_rows_tensor, rows_per_rank, rows_per_expert, expert_offsets, expert_load = library.parts(
+            counts, layout.counts
+        )
         return Received(
             x=x,
             scales=scales,

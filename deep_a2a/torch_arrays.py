@@ -44,6 +44,11 @@ class TorchLibrary:
         # Without .data autograd would take what is written anywhere in the window for a change of these rows.
         return rows.data
 
+    def first(self, rows: Any, num_rows: int) -> torch.Tensor:
+        # Detached: what the caller writes into it, gradients and all, must not become the history of all later views.
+        first: torch.Tensor = rows[:num_rows].detach()
+        return first
+
     def pointer(self, value: Any) -> int:
         pointer: int = value.data_ptr()
         return pointer

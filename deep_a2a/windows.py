@@ -34,4 +34,4 @@ class WindowViews:
             self._views[which] = library.rows(
                 self._memory[library.name], offset + instance * stride, full, pitch, dtype
             )
-        return self._views[which][:num_rows]
+        return library.first(self._views[which], num_rows)

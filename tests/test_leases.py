@@ -105,6 +105,49 @@ def test_inference_before_training(pools: Callable[[int], Pool], backend: str) -
     pools(8 if backend == "cpu" else 4).run(train_after_evaluating, backend)
 
 
+def write_with_gradients(group: dist.ProcessGroup, backend: str) -> None:
+    """What is written into the window, gradients and all, is the history of that tensor alone."""
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
+        scale = torch.ones(buffer.hidden, dtype=torch.bfloat16, device=device_of(backend), requires_grad=True)
+        with torch.inference_mode():
+            early = buffer.lend_input(2)
+        for _ in range(2):
+            result = send_ones(buffer, 3.0)
+            lent = buffer.lend_expert_output(result)
+            assert not result.x.requires_grad and not lent.requires_grad
+            lent.copy_(result.x * scale)
+            result.x.mul_(scale)
+            assert result.x.requires_grad and lent.requires_grad
+            assert (buffer.combine(lent, result.handle).x == 3 * 2).all()
+            result.release()
+        early.fill_(1).mul_(scale)
+        assert early.requires_grad and not buffer.lend_input(2).requires_grad
+
+
+@on_backends
+def test_writing_with_gradients(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(8 if backend == "cpu" else 4).run(write_with_gradients, backend)
+
+
+def keep_counts(group: dist.ProcessGroup, backend: str) -> None:
+    """Counts are the caller's to keep and to change: that keeps no routing, and does not change it for autograd."""
+    with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
+        for host_sync in (True, False):
+            result = send_ones(buffer, host_sync=host_sync)
+            scale = torch.ones(2, device=result.topk_weights.device, requires_grad=True)
+            weighed = (result.topk_weights * scale).sum()
+            for counts in (result.expert_load, result.rows_per_rank, result.num_rows_tensor):
+                assert counts.untyped_storage().data_ptr() != result.topk_weights.untyped_storage().data_ptr()
+                counts.zero_()
+            weighed.backward()  # type: ignore[no-untyped-call]
+            result.release()
+
+
+@on_backends
+def test_counts_are_apart(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(8 if backend == "cpu" else 4).run(keep_counts, backend)
+
+
 def forget_inputs(group: dist.ProcessGroup, backend: str) -> None:
     """What an operation refers to goes with the next one, when that finds it at its end."""
     with deep_a2a.Buffer(group, **place(backend, 2), **SMALL) as buffer:
