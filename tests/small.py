@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from backends import device_of
+from backends import device_of, let_arrive
 
 import deep_a2a
 
@@ -25,7 +25,9 @@ def send_ones(buffer: deep_a2a.Buffer, value: float = 1.0, **modes: Any) -> deep
     device = device_of(buffer.backend)
     idx = torch.tensor([[buffer.rank * local, (buffer.rank + 1) % buffer.num_ranks * local]] * 2, device=device)
     x = torch.full((2, buffer.hidden), value, dtype=torch.bfloat16, device=device)
-    return buffer.dispatch(x, idx, **modes)
+    result = buffer.dispatch(x, idx, **modes)
+    let_arrive(buffer.backend)
+    return result
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str]:
