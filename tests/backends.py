@@ -22,10 +22,11 @@ MARKS = {"cpu": (), "emulated": (), "cuda": (pytest.mark.gpu,)}
 # network of tests/loopback.py all have the same number of ranks per node.
 GPU_NODES = tuple(filter(None, os.environ.get("DEEP_A2A_TEST_GPU_NODES", "").split(",")))
 
+ONE_NODE = tuple(f"1x{num_ranks}" for num_ranks in range(1, 9))
 NODES = {  # nodes and ranks per node that tests go through
     "cpu": ("1x1", "1x8", "2x4", "4x2", "8x1", "2x3"),
-    "emulated": ("1x1", "1x2", "1x3", "1x4", "1x8", "2x1", "2x2", "4x1", "3x2"),
-    "cuda": ("1x1", "1x2", "1x3", "1x4", "1x8", *GPU_NODES),
+    "emulated": (*ONE_NODE, "2x1", "2x2", "4x1", "3x2"),
+    "cuda": (*ONE_NODE, *GPU_NODES),
 }
 USUAL_NODES = {  # the first ones where nothing else is said
     "cpu": ("2x4",),

@@ -12,7 +12,7 @@ import data
 import pytest
 import torch
 import torch.distributed as dist
-from backends import device_of
+from backends import device_of, on_backends
 from exchange import COUNT_FIELDS, RANK_ROW_FIELDS, ROW_FIELDS
 from generators import LAYOUTS, case_on
 from pool import Pool
@@ -79,6 +79,50 @@ def use_library(group: dist.ProcessGroup, backend: str, library: str, layout: st
 def test_same_as_torch(pools: Callable[[int], Pool], backend: str, library: str, layout: str) -> None:
     pytest.importorskip(library)
     pools(2).run(use_library, backend, library, layout)
+
+
+class SpeaksDlpack:
+    """An array that is nothing but its memory, by DLPack."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._array.__dlpack_device__()
+        return device
+
+
+class SpeaksInterface:
+    """The same by the CUDA array interface, which knows neither BF16 nor FP8."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+
+def use_protocols(group: dist.ProcessGroup, backend: str) -> None:
+    """Torch is there, so it takes what is given, and results are its tensors."""
+    device = device_of(backend)
+    case = case_on(backend, topology="1x2", layout="rank", tokens=(5, 8))
+    mine = data.inputs(case, dist.get_rank(group))
+    given = [each.to(device) for each in (mine.x, mine.topk_idx, mine.topk_weights)]
+    kinds: list[Any] = [SpeaksDlpack, *[SpeaksInterface if backend == "cuda" else SpeaksDlpack] * 2]
+    rows: Any = SpeaksDlpack
+    with deep_a2a.Buffer(group, **case.buffer_arguments()) as buffer:
+        ours = buffer.dispatch(*given)
+        theirs = buffer.dispatch(*(kind(each) for kind, each in zip(kinds, given, strict=True)))
+        for name in (*ROW_FIELDS, *RANK_ROW_FIELDS, *COUNT_FIELDS):
+            same(name, getattr(theirs, name), getattr(ours, name))
+        sums = buffer.combine(ours.x, ours.handle)
+        same("combined x", buffer.combine(rows(ours.x), theirs.handle).x, sums.x)
+
+
+@on_backends
+def test_protocols(pools: Callable[[int], Pool], backend: str) -> None:
+    pools(2).run(use_protocols, backend)
 
 
 WITHOUT_TORCH = """

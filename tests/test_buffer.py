@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import data
@@ -22,6 +23,11 @@ from pool import Pool
 from small import SMALL
 
 import deep_a2a
+from deep_a2a.arrays import Device
+from deep_a2a.bootstrap import Member
+from deep_a2a.cuda_site import CudaSite
+from deep_a2a.errors import CommError
+from deep_a2a.streams import StreamChoice
 
 
 def read_attributes(group: dist.ProcessGroup, backend: str, ranks_per_node: int) -> dict[str, Any]:
@@ -232,3 +238,31 @@ def test_buffers_of_other_groups(pools: Callable[[int], Pool], backend: str) -> 
     by_rank = pools(8).run(use_subgroups, case)
     check_case(case, [turns[0] for turns in by_rank[:4]])
     check_case(case, [turns[0] for turns in by_rank[4:]])
+
+
+class Alone:
+    """A group of whom the others are not asked."""
+
+    rank, size = 0, 2
+
+    def all_gather_bytes(self, message: bytes, timeout_s: float) -> list[bytes]:
+        return [message] * self.size
+
+
+def test_gpus_out_of_reach() -> None:
+    """Of two pairs, the one without peer access is named; a GPU that this process does not see is not judged."""
+    native = SimpleNamespace(
+        device_count=lambda: 3,
+        pci_bus_id=lambda ordinal: f"0000:0{ordinal}:00.0",
+        can_access_peer=lambda _, peer: peer != 2,
+    )
+    site = CudaSite(native, "cuda", Device("cuda"), 0, num_sms=8, choice=StreamChoice.own, delay_seed=None)
+    others: list[Member] = [
+        {**site.member, "device": device, "bus_id": f"0000:0{bus}:00.0"} for device, bus in ((1, 1), (0, 7), (2, 2))
+    ]
+    settings: Any = SimpleNamespace(ranks_per_node=4, num_nodes=1)
+    with pytest.raises(CommError) as raised:
+        site.connect(Alone(), [site.member, *others], settings, 1 << 20, 1.0)
+    assert "rank 0 (device 0, 0000:00:00.0) and rank 3 (device 2, 0000:02:00.0) have no peer access" in str(
+        raised.value
+    )
