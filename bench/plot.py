@@ -20,6 +20,8 @@ from deep_a2a.benchmark.record import Record, ResultFile
 
 Curve = list[tuple[int, float]]
 
+USUAL_SMS = 12
+
 
 def label(record: Record) -> str:
     """What tells a record from the others of its file."""
@@ -47,42 +49,57 @@ def curves(
     along: Callable[[Record], int | None],
     fixed: Callable[[Record], Any],
     value: Callable[[Record], float] = lambda record: record.wire_gbs,
-) -> dict[str, Curve]:
+    usual: Any = None,
+) -> tuple[Any, dict[str, Curve]]:
     """`value` (wire GB/s) by what `along` gives, a curve for each payload and layout; curves of one point are left out.
 
-    Of plain records only: uniform routing, nothing cached or copied. `fixed` is what else may not change along a curve;
-    of several values, that with the most points is drawn.
+    Of plain records only: uniform routing, nothing cached or copied. `fixed` is what else may not change, in any of the
+    curves: of several values that with the most points, of several such `usual`. It is returned, too.
     """
-    points: dict[tuple[str, Any], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_fixed: dict[Any, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in records:
         at = along(record)
         plain = record.routing == "uniform" and record.input == "lent" and not (record.cached or record.host_sync)
         if at is None or not plain or record.graph or (record.op == "dispatch" and record.output == "owned"):
             continue
         payload = "bf16" if record.op == "combine" else record.dtype  # what combine moves, whatever came
-        points[f"{record.op} {payload} {record.layout}", fixed(record)][at].append(value(record))
-    drawn: dict[str, Curve] = {}
-    for (name, _), values in sorted(points.items(), key=lambda item: len(item[1])):
-        if len(values) > 1:
-            drawn[name] = [(at, statistics.median(values[at])) for at in sorted(values)]
-    return dict(sorted(drawn.items()))
+        by_fixed[fixed(record)][f"{record.op} {payload} {record.layout}"][at].append(value(record))
+    drawn = {
+        which: {
+            name: [(at, statistics.median(values[at])) for at in sorted(values)]
+            for name, values in sorted(points.items())
+            if len(values) > 1
+        }
+        for which, points in by_fixed.items()
+    }
+    chosen = max(
+        drawn, key=lambda which: (sum(len(curve) for curve in drawn[which].values()), which == usual), default=None
+    )
+    return chosen, drawn.get(chosen, {})
 
 
 def draw_bandwidth(records: Sequence[Record], figure: Any) -> None:
-    """Two plots: over SMs at one number of tokens, and over tokens at one number of SMs."""
-    sides = figure.subplots(1, 2, sharey=True)
-    over_sms = curves(records, lambda record: record.num_sms, lambda record: record.num_tokens)
-    over_tokens = curves(records, lambda record: record.num_tokens, lambda record: record.num_sms)
-    for axes, what, drawn in zip(sides, ("SMs", "tokens per rank"), (over_sms, over_tokens), strict=True):
-        if what != "SMs":
+    """Over SMs at one number of tokens, and over tokens at one number of SMs, where there are curves."""
+    most_tokens = max(record.num_tokens for record in records)
+    num_tokens, over_sms = curves(records, lambda r: r.num_sms, lambda r: r.num_tokens, usual=most_tokens)
+    num_sms, over_tokens = curves(records, lambda r: r.num_tokens, lambda r: r.num_sms, usual=USUAL_SMS)
+    sides = [("SMs", f"{num_tokens} tokens per rank", over_sms), ("tokens per rank", f"{num_sms} SMs", over_tokens)]
+    sides = [side for side in sides if side[2]]
+    best = max((r for r in records if r.ceiling_gbs is not None), key=lambda r: r.ceiling_gbs or 0, default=None)
+    for axes, (along, at, drawn) in zip(
+        figure.subplots(1, len(sides), sharey=True, squeeze=False)[0], sides, strict=True
+    ):
+        if along != "SMs":
             axes.set_xscale("log", base=2)
-        draw_curves(axes, drawn, what)
-        best = max((r for r in records if r.ceiling_gbs is not None), key=lambda r: r.ceiling_gbs or 0, default=None)
+        draw_curves(axes, drawn, along)
+        axes.set_title(at, fontsize="medium")
         if best is not None and best.ceiling_gbs is not None:
-            axes.axhline(best.ceiling_gbs, color="black", linestyle="--", label=f"ceiling: {best.ceiling_of}")
-        axes.set_ylim(bottom=0)
-    sides[0].set_ylabel("GB/s on the busiest link, per GPU")
-    figure.legend(*sides[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+            shared = ", all ranks on one GPU" if best.num_gpus == 1 < best.num_ranks else ""
+            axes.axhline(best.ceiling_gbs, color="black", linestyle="--", label=f"ceiling: {best.ceiling_of}{shared}")
+    first = figure.axes[0]
+    first.set_ylim(bottom=0)  # of both, when all is drawn
+    first.set_ylabel("GB/s on the busiest link, per GPU")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
 def draw_nodes(records: Sequence[Record], figure: Any) -> None:
@@ -90,14 +107,14 @@ def draw_nodes(records: Sequence[Record], figure: Any) -> None:
     free = [record for record in records if record.topk_groups is None]
     plots: list[tuple[str, str, dict[str, Curve]]] = [
         ("SMs", "GB/s between nodes, per GPU",
-         curves(free, lambda r: r.num_sms, lambda r: (r.num_nodes, r.num_tokens), lambda r: r.network_gbs)),
+         curves(free, lambda r: r.num_sms, lambda r: (r.num_nodes, r.num_tokens), lambda r: r.network_gbs)[1]),
     ]  # fmt: skip
     values: tuple[tuple[str, Callable[[Record], float]], ...] = (
         ("MB between nodes, of the busiest GPU", lambda r: r.wire_bytes.network / 1e6),
         ("us, slowest rank, median", lambda r: r.total_us),
     )
     for what, value in values:
-        over = curves(records, lambda r: r.topk_groups, lambda r: (r.num_nodes, r.num_tokens, r.num_sms), value)
+        _, over = curves(records, lambda r: r.topk_groups, lambda r: (r.num_nodes, r.num_tokens, r.num_sms), value)
         plots.append(("nodes that a token may go to", what, over))
     for axes, (along, what, drawn) in zip(figure.subplots(1, len(plots)), plots, strict=True):
         draw_curves(axes, drawn, along)

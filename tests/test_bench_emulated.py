@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +51,9 @@ def test_cells(pools: Callable[[int], Pool], tmp_path: Path) -> None:
     ]
     cells = [replace(TINY, **change) for change in changes]
     (results, failures), (others, _) = pools(2).run(measure, cells, tmp_path / "results.json")
-    assert failures == [] and results == others == ResultFile.read(tmp_path / "results.json")
+    assert failures == [] and results == replace(others, date=results.date) == ResultFile.read(
+        tmp_path / "results.json"
+    )
     assert len(results.records) == 2 * len(cells)
     for index, record in enumerate(results.records):
         cell = cells[index // 2]
@@ -200,6 +203,19 @@ def test_suites(name: str) -> None:
     assert all(cell.num_iters >= 20 and cell.checked and cell.num_experts == 256 for cell in on_gpus)
     assert all(cell.num_tokens * cell.hidden < 2**14 and not cell.graph for cell in emulated)
     assert {cell.num_experts for cell in suite(name, "cuda", 3)} == {255}
+
+
+def test_sweep_has_what_is_reported() -> None:
+    """At 4096 tokens: cached or not, and skewed, at every number of SMs, and a baseline beside both payloads."""
+    cells = [cell for cell in suite("sweep", "cuda", 4) if cell.num_tokens == 4096 and cell.layout != "padded"]
+    sms = (4, 8, 12, 16, 24)
+    for layout, dtype in itertools.product(("rank", "expert"), ("bf16", "fp8")):
+        these = [cell for cell in cells if (cell.layout, cell.dtype) == (layout, dtype)]
+        for cached in (False, True):
+            assert {cell.num_sms for cell in these if cell.cached == cached} == set(sms)
+        assert any(cell.baseline for cell in these)
+        if dtype == "fp8":
+            assert {cell.num_sms for cell in these if cell.routing == "zipf"} == set(sms)
 
 
 def test_command_of_suites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

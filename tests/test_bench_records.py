@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from bench_cells import RECORD
 
 from deep_a2a.benchmark.link import Link, LinkSpeed, ceiling_fields, whole_pieces
+from deep_a2a.benchmark.machine import sources_digest
 from deep_a2a.benchmark.record import Record, ResultFile, WireBytes
 from deep_a2a.benchmark.table import format_table
 
@@ -96,6 +99,26 @@ def test_result_file_round_trip(tmp_path: Path) -> None:
     assert "both_us" not in raw["records"][0] and raw["records"][1]["both_us"] == 110.0
     assert set(raw["records"][3]) - set(raw["records"][2]) == {"devices", "slowest_us", "run"}
     assert raw["records"][3]["devices"] == [0, 1, 1, 1]
+    assert raw["records"][2]["gbs_per_sm"] == pytest.approx(4_000_000 / 50 / 1e3 / 12, rel=1e-5)
+    assert raw["records"][2]["link_efficiency"] == pytest.approx(2_000_000 / 80e3 / 50, rel=1e-5)
+
+
+def test_sources_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the same files, another when one has changed or goes by another name."""
+    for name in ("csrc/a.cu", "csrc/cuda/b.cu", "deep_a2a/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr("deep_a2a.benchmark.machine.deep_a2a.__file__", str(tmp_path / "deep_a2a" / "__init__.py"))
+    digests = [sources_digest()]
+    (tmp_path / "deep_a2a" / "built.so").write_text("not a source")
+    assert sources_digest() == digests[0]
+    (tmp_path / "csrc" / "a.cu").rename(tmp_path / "csrc" / "c.cu")
+    digests.append(sources_digest())
+    (tmp_path / "csrc" / "c.cu").write_text("changed")
+    digests.append(sources_digest())
+    assert None not in digests and len(set(digests)) == 3
+    shutil.rmtree(tmp_path / "csrc")
+    assert sources_digest() is None
 
 
 def test_record_from_json_names_fields() -> None:
@@ -156,8 +179,8 @@ def test_curves() -> None:
     records += [replace(of, num_sms=8, total_us=1.0, **{name: value}) for name, value in ODD.items()]
     records += [replace(of, num_sms=8, num_tokens=1), replace(of, num_sms=8, op="combine")]
     curves = runpy.run_path(str(BENCH / "plot.py"))["curves"]
-    drawn = curves(records, lambda record: record.num_sms, lambda record: record.num_tokens)
-    assert drawn == {"dispatch bf16 rank": [(4, 40.0), (8, 80.0), (16, 160.0)]}
+    at, drawn = curves(records, lambda record: record.num_sms, lambda record: record.num_tokens)
+    assert at == of.num_tokens and drawn == {"dispatch bf16 rank": [(4, 40.0), (8, 80.0), (16, 160.0)]}
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -167,3 +190,32 @@ def test_plot(tmp_path: Path) -> None:
     for name, records in (("cpu", [RECORD]), ("gpu", [*on_gpu, OVERLAP])):
         draw(ResultFile({}, "", "", records), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_one_node() -> None:
+    """Each plot says what it fixes: of token counts with as many points the most. No curve leaves it."""
+    pytest.importorskip("matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw_bandwidth = runpy.run_path(str(BENCH / "plot.py"))["draw_bandwidth"]
+    of = replace(RECORD, backend="cuda", ranks_per_node=4, num_gpus=1, ceiling_gbs=30.0, ceiling_of="bulk push")
+    of = replace(of, wire_bytes=WireBytes(nvlink=1_000_000))
+    records = [
+        replace(of, num_tokens=num_tokens, num_sms=num_sms, total_us=num_tokens / 40.96 / num_sms)
+        for num_tokens, num_sms in itertools.product((4096, 128), (8, 12, 16))
+    ]
+    figure: Any = pyplot.figure()
+    draw_bandwidth(records, figure)
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("4096 tokens per rank", "12 SMs")
+    assert [float(value) for value in left.lines[0].get_ydata()] == pytest.approx([80, 120, 160])
+    assert [float(value) for value in right.lines[0].get_ydata()] == pytest.approx([3840, 120])
+    assert left.lines[1].get_label() == "ceiling: bulk push, all ranks on one GPU"
+    assert left.get_ylim()[0] == 0 and left.get_ylim()[1] > 3840
+    figure.clear()
+    draw_bandwidth(records[:3], figure)
+    assert [axes.get_title() for axes in figure.axes] == ["4096 tokens per rank"]
+    pyplot.close(figure)

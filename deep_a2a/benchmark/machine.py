@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import deep_a2a
 
 
 def package_version(name: str) -> str | None:
@@ -15,6 +18,19 @@ def package_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def sources_digest() -> str | None:
+    """Of csrc/ and of the package's Python files, names and contents; None where there is no source tree."""
+    package = Path(deep_a2a.__file__).parent
+    native = package.parent / "csrc"
+    if not native.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*native.rglob("*"), *package.rglob("*.py")]):
+        if path.is_file():
+            digest.update(f"{path.relative_to(package.parent).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def num_usable_cores() -> int:
@@ -49,7 +65,8 @@ def describe_machine() -> dict[str, Any]:
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": package_version("torch"),
-        "deep_a2a": package_version("deep-a2a"),
+        "deep_a2a": deep_a2a.__version__,
+        "sources": sources_digest(),
     }
 
 

@@ -33,6 +33,7 @@ _NETWORK_FIELDS = (
     "network_put_bytes", "network_least_bytes", "network_ceiling_gbs", "network_ceiling_of",
     "network_ceiling_at_sms_gbs", "network_ratio",
 )  # fmt: skip
+_RATES = ("wire_gbs", "logical_gbs", "gbs_per_sm", "link_efficiency")
 _NETWORK_RATES = ("nvlink_gbs", "network_gbs", "network_header_share")
 _CHOICES = {"op": Op, "backend": Backend, "dtype": Dtype, "layout": Layout, "output": Output, "input": Input}
 _COUNT_FIELDS = ("num_ranks", "ranks_per_node", "num_tokens", "hidden", "num_topk", "num_experts")
@@ -174,22 +175,23 @@ class Record(Figures):
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values. Fields that only some records have appear only there.
 
-        Records of several nodes bring the rates of their links, for whoever reads the file.
+        What follows from the others is written for whoever reads the file: rates, and with several nodes those of
+        their links.
         """
         values = dataclasses.asdict(self)
         if self.op != "overlap":
             for name in _OVERLAP_FIELDS:
                 del values[name]
-        if self.num_nodes > 1:
-            rates = {name: getattr(self, name) for name in _NETWORK_RATES}
-            values |= {name: float(f"{rate:.6g}") for name, rate in rates.items() if rate is not None}
+        names = () if self.op == "overlap" else (*_RATES, *(_NETWORK_RATES if self.num_nodes > 1 else ()))
+        rates = {name: getattr(self, name) for name in names}
+        values |= {name: float(f"{rate:.6g}") for name, rate in rates.items() if rate is not None}
         rare = (*_DEVICE_FIELDS, *_NETWORK_FIELDS)
         return {name: value for name, value in values.items() if value is not None or name not in rare}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
         """The inverse of `to_json`; unknown and missing fields raise ValueError."""
-        values = {name: value for name, value in values.items() if name not in _NETWORK_RATES}
+        values = {name: value for name, value in values.items() if name not in (*_RATES, *_NETWORK_RATES)}
         known = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))

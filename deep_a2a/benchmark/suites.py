@@ -16,7 +16,7 @@ _SMALL_LAYOUTS: tuple[Layout, ...] = ("rank", "padded")
 _DTYPES: tuple[Dtype, ...] = ("bf16", "fp8", "fp8_cast")
 _TWO_DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
 _SMS = (4, 8, 12, 16, 24)
-_TOKENS = (128, 256, 512, 1024, 2048, 8192)
+_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _MANY_TOKENS, _FEW_TOKENS = 4096, 128
 _MIDDLE_SMS, _OVERLAP_SMS = 12, 8
 _MOST_EXPERTS, _MOST_NODES = 256, 8
@@ -69,21 +69,25 @@ def targets(base: Cell) -> list[Cell]:
 
 
 def sweep(base: Cell) -> list[Cell]:
-    """Every dtype and layout over SMs, then one thing at a time: tokens, routings, modes, graphs."""
+    """Every dtype and layout over SMs, then one thing at a time: tokens, routings, cached or not, modes, graphs."""
     cells = [
         replace(base, dtype=dtype, layout=layout, num_sms=num_sms)
         for layout, dtype, num_sms in itertools.product(_LAYOUTS, _DTYPES, _SMS)
     ]
     fp8 = replace(base, dtype="fp8")
     cells += [
-        replace(base, dtype=dtype, layout=layout, num_tokens=num_tokens, baseline=layout == "rank")
+        replace(base, dtype=dtype, layout=layout, num_tokens=num_tokens, baseline=True)
         for layout, dtype, num_tokens in itertools.product(_TWO_LAYOUTS, _TWO_DTYPES, _TOKENS)
     ]
     cells += [replace(fp8, layout=layout, routing=kind) for layout in _TWO_LAYOUTS for kind in KINDS[1:]]
+    cells += [
+        replace(fp8, layout=layout, routing="zipf", num_sms=num_sms)
+        for layout, num_sms in itertools.product(_TWO_LAYOUTS, _SMS)
+    ]
     for layout, dtype in itertools.product(_TWO_LAYOUTS, _TWO_DTYPES):
         of = replace(base, layout=layout, dtype=dtype)
+        cells += [replace(of, cached=True, num_sms=num_sms) for num_sms in _SMS]
         cells += [
-            replace(of, cached=True),
             replace(of, output="owned"),
             replace(of, input="copied"),
             replace(of, host_sync=True),
