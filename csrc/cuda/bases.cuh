@@ -96,9 +96,9 @@ __device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
   return ok;
 }
 
-// Whether the headers of two ranks differ, or one has an objection of its own; a word of a header for each of the last
-// threads. False in `ok` where the kernel has to be left.
-__device__ inline bool objects(const Context& c, bool& ok) {
+// Agreement: whether the headers of two ranks differ, or one has an objection of its own; a word of a header for each
+// of the last threads. False in `ok` where the kernel has to be left.
+__device__ inline bool d3_objects(const Context& c, bool& ok) {
   constexpr int kFirst = offsetof(CountHeader, payload_bytes) / 4, kBadToken = offsetof(CountHeader, bad_token) / 4;
   constexpr int kCompared = kBadToken - kFirst + 1;
   bool objection = false;
@@ -149,9 +149,9 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
   }
 }
 
-// Whether some rank would receive more than there is room for. With what sum_counts finds this is what deep_a2a::agree
-// decides on the host: the same answer from the same counts.
-__device__ inline bool overflows(const Context& c, const BasesArena& arena) {
+// Agreement: whether some rank would receive more than there is room for. With what sum_counts finds this is what
+// deep_a2a::agree decides on the host: the same answer from the same counts.
+__device__ inline bool d3_overflows(const Context& c, const BasesArena& arena) {
   bool overflow = false;
 #pragma unroll 1
   for (int rank = threadIdx.x; c.shape.layout != Layout::kPadded && rank < c.num_ranks(); rank += blockDim.x) {
@@ -216,7 +216,7 @@ __device__ inline void report_refusal(const Context& c) {
 // All of D3. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at. False in all threads
 // where the kernel has to be left, as it has where one is not `ok` before.
 __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena, bool ok) {
-  const bool objection = objects(c, ok);
+  const bool objection = d3_objects(c, ok);
   ok = sum_counts(c, arena) && ok;
 #pragma unroll 1
   for (int idx = threadIdx.x; idx < num_streams(c); idx += blockDim.x) {
@@ -227,7 +227,7 @@ __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const B
     start_groups(c, arena);
     __syncthreads();
   }
-  const bool refused = __syncthreads_or(objection || overflows(c, arena)) != 0;
+  const bool refused = __syncthreads_or(objection || d3_overflows(c, arena)) != 0;
   if (threadIdx.x == 0) {
     c.shared.refused = refused;
     c.shared.num_rank_rows = arena.rank_rows[c.team.rank];

@@ -14,7 +14,7 @@ __device__ int row_bytes(const Context& c) { return static_cast<int>(c.shape.max
 // C0, C1: once `own_rows` has summed what it has to, if `sums`, rows are readable, and the side payload is. What the
 // caller has written is so already.
 template <class OwnRows>
-__device__ bool make_ready(const Context& c, const CombineTask& t, bool sums, OwnRows&& own_rows) {
+__device__ bool c0_c1_ready(const Context& c, const CombineTask& t, bool sums, OwnRows&& own_rows) {
   if (!all_of_block(wait_lane_credit(c, Step::kC0Credit))) return false;
   if (t.args.with_side) c1_side(c, t);
   if (sums) own_rows();
@@ -27,28 +27,28 @@ __device__ bool make_ready(const Context& c, const CombineTask& t, bool sums, Ow
 // All steps before C5 with one node: rows that the caller has written are ready at once, own sums become so later, in
 // parts. False where the kernel has to be left.
 __device__ bool sum_on_node(const Context& c, const CombineTask& t) {
-  if (t.half != Half::kReceive && !make_ready(c, t, false, [] {})) return false;
+  if (t.half != Half::kReceive && !c0_c1_ready(c, t, false, [] {})) return false;
   init_barriers(c.shared.barriers, kMaxBarriers);
   if (t.half != Half::kSend && !wait_node_tagged(c, Region::kReadyFlag, Step::kC2Gather)) return false;
-  if (c.per_expert) {
+  if (c.per_expert) {  // C1b and C2 by turns
     PushedSums sums(c, t);
     if (!all_of_block(add_all(sums, row_bytes(c)))) return false;
   } else if (t.half != Half::kSend) {
     ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
-    gather_tokens(c, t);
+    c2_gather(c, t);
   }
   if (t.half != Half::kSend && t.args.with_side) c2_gather_side(c, t);
   return true;
 }
 
-DEEP_A2A_CALL void sum_own_rows() {
+DEEP_A2A_CALL void c1b_own_rows() {
   const auto& frame = call_frame<CombineTask>();
   const Context c = context_of_call(frame);
   OwnRows rows(c, frame.task);
   add_all(rows, row_bytes(c));
 }
 
-DEEP_A2A_CALL bool relay_rows(int round) {
+DEEP_A2A_CALL bool c3_relay(int round) {
   const auto& frame = call_frame<CombineTask>();
   const Context c = context_of_call(frame);
   RelayedRows rows(c, frame.task, round);
@@ -57,26 +57,26 @@ DEEP_A2A_CALL bool relay_rows(int round) {
   return ok;
 }
 
-DEEP_A2A_CALL bool sum_tokens(int round) {
+DEEP_A2A_CALL bool c2_c4_sum(int round) {
   const auto& frame = call_frame<CombineTask>();
   const Context c = context_of_call(frame);
   Tokens tokens(c, frame.task, round);
   const bool ok = add_all(tokens, row_bytes(c));
-  if (ok) tokens.end_round();
+  if (ok) tokens.c4_give_credit();
   return ok;
 }
 
 // The same with several: step after step, and then by rounds.
 __device__ bool sum_over_nodes(const Context& c, const CombineTask& t) {
   const bool sends = t.half != Half::kReceive;
-  if (sends && !make_ready(c, t, c.per_expert, [] { sum_own_rows(); })) return false;
+  if (sends && !c0_c1_ready(c, t, c.per_expert, [] { c1b_own_rows(); })) return false;
   if (!wait_node_tagged(c, Region::kReadyFlag, sends ? Step::kC3Relay : Step::kC2Gather)) return false;
   const int rounds = c.sizes.num_rounds;
   bool ok = true;
-  for (int round = 0; ok && sends && round < min(rounds, kStagedRounds); ++round) ok = relay_rows(round);
+  for (int round = 0; ok && sends && round < min(rounds, kStagedRounds); ++round) ok = c3_relay(round);
   for (int round = 0; ok && t.half != Half::kSend && round < rounds; ++round) {
-    ok = sum_tokens(round);
-    if (ok && round + kStagedRounds < rounds) ok = relay_rows(round + kStagedRounds);
+    ok = c2_c4_sum(round);
+    if (ok && round + kStagedRounds < rounds) ok = c3_relay(round + kStagedRounds);
   }
   return all_of_block(ok);
 }

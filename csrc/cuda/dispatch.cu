@@ -48,19 +48,19 @@ __device__ uint32_t dispatch_tag(const DispatchTask& t, const Shape& shape) {
   return Tag::dispatch(t.args.slot, t.args.format.code | (cast_by_source ? kCastCode : 0), t.cached);
 }
 
-DEEP_A2A_CALL void send_first_rounds() {
+DEEP_A2A_CALL void call_d4_send_nodes() {
   const auto& frame = call_frame<DispatchTask>();
-  d4_send_first_rounds(context_of_call(frame), frame.task);
+  d4_send_nodes(context_of_call(frame), frame.task);
 }
 
-DEEP_A2A_CALL bool send_turn(int round, int turn) {
+DEEP_A2A_CALL bool call_d4_send_nodes_turn(int round, int turn) {
   const auto& frame = call_frame<DispatchTask>();
-  return d4_send_turn(context_of_call(frame), frame.task, round, turn);
+  return d4_send_nodes_turn(context_of_call(frame), frame.task, round, turn);
 }
 
-DEEP_A2A_CALL bool relay() {
+DEEP_A2A_CALL bool call_d5_relay() {
   const auto& frame = call_frame<DispatchTask>();
-  return d5_relay(context_of_call(frame), frame.task, send_turn);
+  return d5_relay(context_of_call(frame), frame.task, call_d4_send_nodes_turn);
 }
 
 // D4 to other nodes, and D2 as a relay: neither needs a base. False where the kernel has to be left.
@@ -77,7 +77,7 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
     ptx::fence_proxy_async();  // the arena and credits, used by ordinary accesses, come before bulk copies
     if (!all_of_block(ok)) return false;
     ok = t.cached || d2_relay(c);
-    send_first_rounds();
+    call_d4_send_nodes();
     return all_of_block(ok);
   }
   return true;
@@ -133,9 +133,9 @@ __device__ bool routes_early(const Context& c, const DispatchTask& t) {
   return t.half == Half::kBoth && num_streams(c) == 0 && !c.per_expert;
 }
 
-// By the warps that push no rows, layout kRank, when they have sent their records: D6, what the records are for. False
-// where the kernel has to be left.
-__device__ bool exchange_routing(const Context& c, const DispatchTask& t, int first_warp) {
+// D6 arrival (routing), by the warps that push no rows, layout kRank: when they have sent their records, what the
+// records are for. False where the kernel has to be left.
+__device__ bool d6_routing(const Context& c, const DispatchTask& t, int first_warp) {
   const int warps = num_warps() - first_warp;
   if (!t.cached && last_warp(c.shared.recorded, warps, c.control.grid.recorded) && lane_idx() < c.num_locals()) {
     signal(c.team, c.word(lane_idx(), Region::kRoutesFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
@@ -154,10 +154,10 @@ __device__ Course send_half(const Context& c, const DispatchTask& t) {
   const int first_warp = pushes ? t.plan.move_warps : 0;  // that has the routing
   bool ok = true;
   if (warp_idx() < first_warp) {
-    Pusher(c, t).run();
+    Pusher(c, t).d4_send_own_node();
   } else {
     if (!t.cached) d4_send_records(c, t, first_warp);
-    if (pushes) ok = exchange_routing(c, t, first_warp);
+    if (pushes) ok = d6_routing(c, t, first_warp);
   }
   if (pushes && num_streams(c) > 0) {  // warps that push nothing begin to relay
     if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
@@ -177,18 +177,19 @@ template <class Beside>
 __device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
   if (t.half == Half::kReceive && !t.cached && !d3_relay_bases(c, BasesArena(c, t.plan))) return false;
   beside();
-  if (!all_of_block(relay())) return false;
+  if (!all_of_block(call_d5_relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
     signal_node(c, Region::kRelayedFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
   }
   return wait_node_tagged(c, Region::kRelayedFlag, Step::kD6Relayed);
 }
 
-__device__ void pull(const Context& c, const DispatchTask& t) {
+__device__ void d6_pull(const Context& c, const DispatchTask& t) {
   ptx::fence_proxy_async_global();  // rows of peers, acquired by ordinary loads, are read by bulk loads
   Puller(c, t).run();
 }
 
+// D5 and D6 arrival, with the rows that are pulled.
 __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   const bool pulls = c.per_expert;
   const bool relays = num_streams(c) > 0;
@@ -196,9 +197,9 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
     if (relays && !pulls && !receive_from_nodes(c, t, [] {})) return Course::kAborted;
   }
   if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
-  if (pulls && !relays) pull(c, t);
+  if (pulls && !relays) d6_pull(c, t);
   if constexpr (kHasNetwork) {
-    if (relays && pulls && !receive_from_nodes(c, t, [&] { pull(c, t); })) return Course::kAborted;
+    if (relays && pulls && !receive_from_nodes(c, t, [&] { d6_pull(c, t); })) return Course::kAborted;
   }
   if (routes_early(c, t)) return Course::kGoOn;
   if (!pulls && !t.cached && !wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
@@ -229,8 +230,8 @@ __device__ void settle(const Context& c, const DispatchTask& t, Course course) {
   }
 }
 
-// By the last block, when all is there. False where the kernel has to be left.
-__device__ bool close(const Context& c, const DispatchTask& t, Course course) {
+// By the last block, when all is there and settled. False where the kernel has to be left.
+__device__ bool finish(const Context& c, const DispatchTask& t, Course course) {
   if (course == Course::kGoOn && t.half == Half::kSend) return true;
   give_lane_credit(c);
   const bool is_read = course == Course::kGoOn && c.per_expert;  // by peers, who pull
@@ -286,7 +287,7 @@ __device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t
   if (course == Course::kGoOn && t.half != Half::kSend) course = receive_half(c, t);
   if (course != Course::kAborted && (is_last || last_block(c, c.control.grid.left))) {
     if (!is_last) settle(c, t, course);
-    if (!close(c, t, course)) course = Course::kAborted;
+    if (!finish(c, t, course)) course = Course::kAborted;
     if (course == Course::kRefused) clear_result(c, t);
   }
   if (course == Course::kAborted) clear_result(c, t);

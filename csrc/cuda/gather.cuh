@@ -6,7 +6,7 @@
 namespace deep_a2a::cuda {
 
 // The block's share of the tokens.
-__device__ inline void gather_tokens(const Context& c, const CombineTask& t) {
+__device__ inline void c2_gather(const Context& c, const CombineTask& t) {
   SumRing ring(c, t.plan);
   if (!ring.in_use()) return;
   const int row_bytes = static_cast<int>(c.shape.max_payload_bytes()), locals = c.num_locals();

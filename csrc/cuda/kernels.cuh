@@ -12,7 +12,7 @@ __global__ void dispatch_rank_kernel(const __grid_constant__ Team team, const __
 __global__ void dispatch_expert_kernel(const __grid_constant__ Team team, const __grid_constant__ DispatchTask t);
 __global__ void combine_rank_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t);
 __global__ void combine_expert_kernel(const __grid_constant__ Team team, const __grid_constant__ CombineTask t);
-__global__ void scales_kernel(const __grid_constant__ ScalesTask t);
+__global__ void d7_column_scales_kernel(const __grid_constant__ ScalesTask t);
 __global__ void release_kernel(const __grid_constant__ Team team, int slot);
 
 }  // namespace deep_a2a::cuda

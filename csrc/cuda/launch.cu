@@ -45,7 +45,7 @@ DeviceLimits prepare_kernels(int device) {
   allow_shared_memory(dispatch_expert_kernel, limits);
   allow_shared_memory(combine_rank_kernel, limits);
   allow_shared_memory(combine_expert_kernel, limits);
-  allow_shared_memory(scales_kernel, limits);
+  allow_shared_memory(d7_column_scales_kernel, limits);
   cudaFuncAttributes loaded{};  // to load a kernel later may have to wait for those that run
   check_cuda(cudaFuncGetAttributes(&loaded, release_kernel), "cudaFuncGetAttributes");
   return limits;
@@ -62,7 +62,7 @@ void launch_combine(const Launch& launch, const Team& team, const CombineTask& t
 }
 
 void launch_scales(const Launch& launch, const ScalesTask& task) {
-  launch_kernel(scales_kernel, launch, kScaleThreads, kScaleThreads / kWarpThreads * kScalePieceBytes, task);
+  launch_kernel(d7_column_scales_kernel, launch, kScaleThreads, kScaleThreads / kWarpThreads * kScalePieceBytes, task);
 }
 
 void launch_release(cudaStream_t stream, const Team& team, int slot) {

@@ -121,7 +121,7 @@ class Tokens {
   }
 
   // The last warp to have summed its tokens of a round tells all relays that the round's rows have been read.
-  __device__ void end_round() const {
+  __device__ void c4_give_credit() const {
     if (round_ + kStagedRounds >= c_.sizes.num_rounds) return;
     if (!last_warp(c_.shared.rounds[round_], num_warps(), c_.control.grid.rounds[round_])) return;
     for (int stream = lane_idx(); stream < num_streams(c_); stream += kWarpThreads) {

@@ -28,7 +28,7 @@ __device__ inline bool d4_wait_room(const Context& c, const DispatchTask& t, int
 }
 
 // One turn of a round that waits for its room.
-__device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, int round, int turn) {
+__device__ inline bool d4_send_nodes_turn(const Context& c, const DispatchTask& t, int round, int turn) {
   const ChunkTasks tasks(c);
   TurnChunks chunks;
   const auto rows_of = [&](int stream, int idx) {
@@ -40,7 +40,7 @@ __device__ inline bool d4_send_turn(const Context& c, const DispatchTask& t, int
 }
 
 // The rounds that have room at once. The warps with rings share the work.
-__device__ inline void d4_send_first_rounds(const Context& c, const DispatchTask& t) {
+__device__ inline void d4_send_nodes(const Context& c, const DispatchTask& t) {
   if (warp_idx() >= t.plan.move_warps) return;
   const ChunkTasks tasks(c);
   const int turns = tasks.turns(), all = turns * min(kStagedRounds, c.sizes.num_rounds);

@@ -23,7 +23,7 @@ class Pusher {
     rows_ = c.region(dest_, Region::kRecvRows, t.args.slot);
   }
 
-  __device__ void run() {
+  __device__ void d4_send_own_node() {
     RowTasks tokens(c_.control.grid.moved_rows, t_.plan.push_warps, t_.args.num_tokens, kFixedRows);
     move_rows(
         stages_, tokens, [&](int token) { return fetch_place(token); },

@@ -58,7 +58,7 @@ __device__ void store_piece(const ScalesTask& t, uint4* piece, uint32_t* to, int
 
 }  // namespace
 
-__global__ void __launch_bounds__(kScaleThreads, 1) scales_kernel(const __grid_constant__ ScalesTask t) {
+__global__ void __launch_bounds__(kScaleThreads, 1) d7_column_scales_kernel(const __grid_constant__ ScalesTask t) {
   auto* piece = reinterpret_cast<uint4*>(ptx::dynamic_shared() + warp_idx() * kScalePieceBytes);
   const auto num_lines = static_cast<unsigned>(ceil_div(t.format.scale_bytes, kScaleLineBytes));
   const auto num_groups = static_cast<unsigned>(t.num_groups);
