@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "C4: credit before the tokens are summed",
         "combine.cpp",
-        "c2_c4_sum(turn, round);\n    c4_round_end(turn, round);",
-        "c4_round_end(turn, round);\n    c2_c4_sum(turn, round);",
+        "c2_c4_sum(turn, round);\n    c4_give_credit(turn, round);",
+        "c4_give_credit(turn, round);\n    c2_c4_sum(turn, round);",
     ),
     Mutant("tagged flags not waited for", "transport.cpp", "if (!reached(condition)) wait_any(turn, {condition});", ""),
     Mutant("signals do not release", "doorbell.hpp", "__ATOMIC_RELEASE", "__ATOMIC_RELAXED"),
