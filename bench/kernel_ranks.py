@@ -32,6 +32,7 @@ _NUM_WARMUP = 2
 _TIMEOUT_S = {"cuda": 20.0, "emulated": 120.0}
 _LINK_BYTES_PER_PEER = {"cuda": 16 << 20, "emulated": 14336}
 _LINK_SMS = {"cuda": (8, 16, 32), "emulated": (1, 2)}
+_FLUSH_BYTES = 256 << 20  # several times a second-level cache
 _PEER_ACCESS_ALREADY_ENABLED = 704
 
 
@@ -84,9 +85,13 @@ class EmulatorWatch:
 
 
 class Ranks:
-    """A stream and a meter for each of `devices`, a clock for rank 0. ValueError for a device that is not there."""
+    """A stream and a meter for each of `devices`, a clock for rank 0. ValueError for a device that is not there.
 
-    def __init__(self, backend: Backend, devices: Sequence[int]) -> None:
+    With `flush` every GPU writes _FLUSH_BYTES before each iteration: kernels find neither their instructions nor their
+    data in its caches, as among the layers of a model.
+    """
+
+    def __init__(self, backend: Backend, devices: Sequence[int], flush: bool = False) -> None:
         self.backend, self.devices = backend, tuple(devices)
         self.native: Any = Place(backend, torch.device("cpu"), None).native()
         self.timeout_s = _TIMEOUT_S[backend]
@@ -100,6 +105,8 @@ class Ranks:
         if on_gpus:
             enable_peer_access(sorted(set(devices)))
         self.places = [torch.device("cuda", device) if on_gpus else torch.device("cpu") for device in devices]
+        flushed = sorted(set(devices)) if flush and on_gpus else []
+        self._flushed = [torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{device}") for device in flushed]
         self.streams: list[Stream] = [self.native.Stream(device) for device in devices]
         windows = self.windows(meter_bytes(len(devices), _LINK_BYTES_PER_PEER[backend]))
         self._meters: list[Meter] = [
@@ -156,6 +163,10 @@ class Ranks:
         self._meters[rank].copy_all_to_all(stream=self.streams[rank].handle, **how)
 
     def _sample(self, operation: OfRank, after: OfRank) -> float:
+        for memory in self._flushed:
+            memory.zero_()
+        if self._flushed:
+            self.synchronize_devices()
         try:
             for rank, meter in enumerate(self._meters):
                 with self._current(rank):

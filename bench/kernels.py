@@ -74,6 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--iters", type=int, default=_LEAST_ITERS, metavar="N", help="that count, of each cell (default: %(default)s)"
     )
     parser.add_argument(
+        "--flush", action="store_true", help="before each iteration all caches are filled with something else"
+    )
+    parser.add_argument(
         "--backend", choices=("cuda", "emulated"), default="cuda",
         help="emulated: for tests at tiny sizes; its times mean nothing (default: %(default)s)",
     )  # fmt: skip
@@ -158,7 +161,7 @@ class Measurement:
 def measure(options: argparse.Namespace, command: str) -> ResultFile:
     """Measures all cells; writes the result file after each. Raises ValueError for arguments that do not fit."""
     cells = make_cells(options)
-    ranks = Ranks(options.backend, options.devices)
+    ranks = Ranks(options.backend, options.devices, flush=options.flush)
     machine = {**describe_machine(), **describe_gpus(ranks.places[0])}
     results = ResultFile(machine, command, datetime.now(timezone.utc).isoformat(timespec="seconds"))
     link: Link | None = None

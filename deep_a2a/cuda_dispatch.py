@@ -48,7 +48,7 @@ class CudaDispatch:
             raise ValueError("host_sync must be False while a CUDA graph is captured, got True: a graph has no host")
         self._result, _ = ReceivedArrays.take(backend, library, None)
         if request.handle is None:
-            capacity = None if self._sizes is None else self._sizes[1]
+            capacity = self._kept_capacity()
             source_words = backend.rank.source_bytes(request.payload.num_tokens) // 4
             kept, (source, relay) = ReceivedArrays.take(backend, library, capacity, source_words, backend.relay_words)
             self.handle = CudaHandle(source, relay, kept)
@@ -122,6 +122,12 @@ class CudaDispatch:
         if self._request.fixed_shapes:
             return shape.slot_rows, shape.slot_rank_rows
         return None if handle is None else (handle.num_rows or 0, handle.num_rank_rows or 0)
+
+    def _kept_capacity(self) -> int | None:
+        """Rank rows whose routing the handle keeps, if that is known: none in layout rank, where it comes each time."""
+        if not self._backend.received_layout.per_expert:
+            return 0
+        return None if self._sizes is None else self._sizes[1]
 
     def _make_room(self) -> None:
         """For what takes as much memory as there are rows."""

@@ -1,44 +1,53 @@
-// D3 bases: from the counts of all ranks, where this source's rows start everywhere on the node, and whether the
-// dispatch may go ahead at all. Every block works this out for itself.
+// D3 bases: from the counts of all ranks, where this source's rows start everywhere on the node, where those of every
+// source start at this rank, and whether the dispatch may go ahead at all. Every block works this out for itself.
 #pragma once
 
 #include "cuda/exchange.cuh"
 
 namespace deep_a2a::cuda {
 
-// The counters of D3 in the arena. The first three stay until the rows have been sent and relayed.
+// The counters of D3 in the arena. The first five stay until the rows have come.
 struct BasesArena {
-  int32_t* expert_bases;  // [experts], where this source's rows start in the expert's group, then in its rank's rows
-  int32_t* relay_rank_bases;    // [streams, ranks of the node], the same for the rank rows of a rail peer
-  int32_t* relay_expert_bases;  // [streams, experts of the node], and for its expert rows
+  int32_t* source_starts;  // [ranks + 1], the first rank row at this rank of each source, and the end of the last one's
+  int32_t* own_offsets;    // [local experts], where their groups start at this rank; these two only with rows by expert
+  int32_t* source_bases;   // [ranks + 1, local experts], where each source's rows start in them; the rows of all sources
+  int32_t* relay_rank_bases;    // [streams, ranks of the node], where the rank rows of a rail peer start at each
+  int32_t* relay_expert_bases;  // [streams, experts of the node], and its expert rows
   int32_t* rank_rows;           // [ranks], rank rows that each rank receives
   int32_t* expert_rows;         // [experts], behind them: of all sources
   int32_t* group_rows;          // [ranks], rows of `x` that each rank receives
-  int32_t* received_rows;       // [ranks], rank rows that this rank receives from each
-  int32_t* sent_rows;           // [ranks of the node], that it sends to each
-  int32_t* own_offsets;         // [local experts], where their groups start at this rank
+  int32_t* sent_rows;           // [ranks of the node], that this rank sends to each
 
   __device__ BasesArena(const Context& c, const DispatchPlan& plan) {
-    expert_bases = reinterpret_cast<int32_t*>(c.arena);
-    relay_rank_bases = expert_bases + (c.per_expert ? c.shape.num_experts : 0);
+    source_starts = reinterpret_cast<int32_t*>(c.arena);
+    own_offsets = source_starts + c.num_ranks() + 1;
+    source_bases = own_offsets + (c.per_expert ? c.sizes.num_local_experts : 0);
+    relay_rank_bases = source_bases + (c.per_expert ? c.shape.num_experts + c.sizes.num_local_experts : 0);
     relay_expert_bases = relay_rank_bases + num_streams(c) * c.num_locals();
     rank_rows = reinterpret_cast<int32_t*>(c.arena + plan.ring_offset);
     expert_rows = rank_rows + c.num_ranks();
     group_rows = expert_rows + c.shape.num_experts;
-    received_rows = group_rows + c.num_ranks();
-    sent_rows = received_rows + c.num_ranks();
-    own_offsets = sent_rows + c.num_locals();
+    sent_rows = group_rows + c.num_ranks();
   }
 };
 
 // What one column of the count vectors, a rank or an expert, leaves behind beside its sum. Null for nothing.
 struct ColumnBases {
-  int32_t* before = nullptr;  // rows of the sources before this one
-  int32_t* relays = nullptr;  // for each stream, of the sources before its rail peer
-  int stride = 0;             // of these
+  int32_t* before = nullptr;   // rows of the sources before this one
+  int32_t* relays = nullptr;   // for each stream, of the sources before its rail peer
+  int stride = 0;              // of these
+  int32_t* sources = nullptr;  // for each source, of those before it; behind the last, of all
+  int source_stride = 0;
 
   __device__ ColumnBases(const Context& c, const BasesArena& arena, int column) {
     const int ranks = c.num_ranks(), expert = column - ranks;
+    if (column == c.team.rank) {
+      sources = arena.source_starts;
+      source_stride = 1;
+    } else if (c.per_expert && c.is_own_expert(expert)) {
+      sources = arena.source_bases + expert - c.sizes.first_expert;
+      source_stride = c.sizes.num_local_experts;
+    }
     if (column < ranks) {
       const int local = column - c.neighbour(0);
       if (static_cast<uint32_t>(local) >= static_cast<uint32_t>(c.num_locals())) return;
@@ -46,7 +55,6 @@ struct ColumnBases {
       relays = arena.relay_rank_bases + local;
       stride = c.num_locals();
     } else if (c.per_expert) {
-      before = arena.expert_bases + expert;
       const int on_node = expert - c.sizes.node_first_expert;
       if (static_cast<uint32_t>(on_node) >= static_cast<uint32_t>(c.sizes.node_num_experts)) return;
       relays = arena.relay_expert_bases + on_node;
@@ -85,11 +93,12 @@ __device__ inline bool sum_counts(const Context& c, const BasesArena& arena) {
           rail += c.num_locals();
           ++node;
         }
+        if (bases.sources != nullptr) bases.sources[source * bases.source_stride] = all;
         all += rows;
-        if (column == c.team.rank) arena.received_rows[source] = rows;
       }
     }
     arena.rank_rows[column] = all;
+    if (bases.sources != nullptr) bases.sources[ranks * bases.source_stride] = all;
     if (bases.before != nullptr) *bases.before = before;
     if (column < ranks && bases.before != nullptr) arena.sent_rows[column - c.neighbour(0)] = own;
   }
@@ -118,7 +127,7 @@ __device__ inline int group_rows(const Shape& s, int32_t tokens) {
   return static_cast<int>((static_cast<uint32_t>(tokens) + unit - 1) / unit * unit);
 }
 
-// Where each expert's group starts at its rank, added to the bases; a warp for each rank.
+// Where each expert's group starts at its rank, added to the bases of rail peers; a warp for each rank.
 __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
   const int experts = c.sizes.num_local_experts;
 #pragma unroll 1
@@ -135,7 +144,6 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
       }
       if (local < experts && c.per_expert) {
         const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
-        arena.expert_bases[expert] += offset;
         const int node_expert = expert - c.sizes.node_first_expert;
 #pragma unroll 1
         for (int idx = 0; idx < num_streams(c) && node_expert >= 0 && node_expert < c.sizes.node_num_experts; ++idx) {
@@ -180,7 +188,7 @@ __device__ inline void write_counts(const Context& c, const DispatchTask& t, con
   }
 #pragma unroll 1
   for (int source = threadIdx.x; source < c.num_ranks(); source += blockDim.x) {
-    kept.rows_per_rank[source] = arena.received_rows[source];
+    kept.rows_per_rank[source] = arena.source_starts[source + 1] - arena.source_starts[source];
   }
   if (threadIdx.x != 0) return;
   if (c.per_expert) kept.expert_offsets[experts] = arena.group_rows[self];

@@ -70,20 +70,31 @@ __device__ inline uint2 cast_piece(const uint4& packed, float factor) {
 // memory. `from` and `to` may be the same memory: the warp has read its groups before it writes them.
 template <bool kIsE4M3>
 __device__ void cast_row(const char* from, char* to, char* scales, int channels, ScaleFormat format) {
+  constexpr int kStep = kWarpThreads / kGroupLanes * kScaleGroupChannels;
   const int group_idx = lane_idx() / kGroupLanes, lane_of_group = lane_idx() % kGroupLanes;
-  for (int first = 0; first < channels; first += kWarpThreads / kGroupLanes * kScaleGroupChannels) {
-    const int group = first + group_idx * kScaleGroupChannels;
-    const auto channel_of = [&](int i) {
-      const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
-      return group + piece * kCastChannels;
-    };
-    uint4 pieces[kLanePieces];
-    uint32_t most = 0;
+  int group = group_idx * kScaleGroupChannels;
+  const auto channel_of = [&](int i) {
+    const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
+    return group + piece * kCastChannels;
+  };
+  uint4 next[kLanePieces];
+  const auto load_next = [&] {
 #pragma unroll
     for (int i = 0; i < kLanePieces; ++i) {
-      pieces[i] = make_uint4(0, 0, 0, 0);
-      if (channel_of(i) < channels) pieces[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
+      next[i] = make_uint4(0, 0, 0, 0);
+      if (channel_of(i) < channels) next[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
     }
+  };
+  load_next();
+#pragma unroll 1
+  for (int first = 0; first < channels; first += kStep) {
+    uint4 pieces[kLanePieces];
+#pragma unroll
+    for (int i = 0; i < kLanePieces; ++i) pieces[i] = next[i];
+    group += kStep;  // on their way while these are cast
+    load_next();
+    group -= kStep;
+    uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < kLanePieces; ++i) {
       most = larger_magnitude(larger_magnitude(most, pieces[i].x), pieces[i].y);
@@ -104,6 +115,7 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
     if (lane_of_group == 0 && group < channels) {
       write_scale(scales, group / kScaleGroupChannels, scaled.scale, format);
     }
+    group += kStep;
   }
 }
 

@@ -1,5 +1,6 @@
-// D1 count: how many rows go where, and each row's place among this source's rows. It is done once, by all SMs: short
-// code, since most of its time it would wait for its own instructions.
+// D1 count: how many rows go where, and each row's place among this source's rows; and where rows are per expert, as soon
+// as places are known, the route records of the own node (D4), since peers pull by them. It is done once, by all SMs:
+// short code, since most of its time it would wait for its own instructions.
 #pragma once
 
 #include "cuda/sync.cuh"
@@ -15,14 +16,16 @@ struct CountArena {
   int32_t* vector;  // this rank's count vector
   int32_t* rows;    // [warps, columns]: of each warp that counts
   int32_t* sums;    // [columns]: over the warps, then of the blocks before this one
-  int32_t* batch;   // of this warp: the experts of 32 tokens
+  char* images;     // of this warp: of 32 tokens the experts, or where rows are per expert the route records
 
   __device__ CountArena(const Context& c, const DispatchPlan& plan)
       : columns(c.num_ranks() + c.shape.num_experts + num_streams(c)),
         vector(reinterpret_cast<int32_t*>(c.arena + plan.ring_offset)),
         rows(vector + c.sizes.counts_bytes / 4),
         sums(rows + plan.count_warps * columns),
-        batch(sums + columns + warp_idx() * kWarpThreads * c.shape.num_topk) {}
+        images(c.arena + plan.ring_offset + c.sizes.counts_bytes +
+               align_up((plan.count_warps + 1) * columns * 4, kRowAlignment) +
+               warp_idx() * kWarpThreads * plan.image_bytes) {}
   __device__ int32_t* of_warp() const { return rows + warp_idx() * columns; }
 };
 
@@ -53,7 +56,13 @@ template <Pass kPass>
 class TokenWalk {
  public:
   __device__ TokenWalk(const Context& c, const DispatchTask& t, const CountArena& arena)
-      : c_(c), t_(t), columns_(arena.of_warp()), batch_(arena.batch) {}
+      : c_(c),
+        t_(t),
+        columns_(arena.of_warp()),
+        images_(arena.images),
+        pieces_(static_cast<int>(c.sizes.record_bytes) / kRowAlignment),
+        together_(kWarpThreads / pieces_),
+        token_of_lane_(lane_idx() / pieces_) {}
 
   __device__ void run() const {
     if (warp_idx() >= t_.plan.count_warps) return;
@@ -62,9 +71,9 @@ class TokenWalk {
     for (int first = tokens.begin; first < tokens.end; first += kWarpThreads) {
       const int count = min(kWarpThreads, tokens.end - first);
       read_batch(first, count, tokens.end - tokens.begin <= kWarpThreads);
+      if (kPlaces && c_.per_expert) complete_images(first, count);
 #pragma unroll 1
       for (int node = 0; node < c_.sizes.num_nodes; ++node) ranks_of_node(first + lane_idx(), lane_idx() < count, node);
-      if (kPlaces && c_.per_expert) expert_places(first, count);
       __syncwarp();
     }
   }
@@ -73,6 +82,16 @@ class TokenWalk {
   static constexpr bool kPlaces = kPass == Pass::kPlace;
   static constexpr int kTogether = 8;     // entries of a lane, to wait for them together
   static constexpr int kOutOfRange = -2;  // beside experts and -1
+
+  // Of a token; its experts are there from the first pass on.
+  __device__ int32_t* image(int token) const {
+    return reinterpret_cast<int32_t*>(images_ + token * t_.plan.image_bytes);
+  }
+  // The word of a top-k slot of the batch, in the record's array number `array`.
+  __device__ int32_t& word_of(int entry, int array = 0) const {
+    const int token = static_cast<int>(static_cast<uint32_t>(entry) * c_.sizes.topk_reciprocal >> 16);
+    return image(token)[entry - token * c_.shape.num_topk + array * c_.shape.num_topk];
+  }
 
   // What a warp has counted in one go is still there when it comes back for the places.
   __device__ void read_batch(int first, int count, bool is_all) const {
@@ -86,7 +105,7 @@ class TokenWalk {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         if (base + i * kWarpThreads >= entries) continue;
-        batch_[base + i * kWarpThreads] = experts[i];
+        word_of(base + i * kWarpThreads) = experts[i];
         if (!kPlaces) count_entry(begin + base + i * kWarpThreads, experts[i]);
       }
     }
@@ -113,7 +132,7 @@ class TokenWalk {
     uint32_t wanted = 0;
 #pragma unroll 4
     for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
-      const auto on_node = static_cast<uint32_t>(batch_[lane_idx() * c_.shape.num_topk + slot] - first);
+      const auto on_node = static_cast<uint32_t>(image(lane_idx())[slot] - first);
       if (on_node < static_cast<uint32_t>(c_.sizes.node_num_experts)) {
         wanted |= 1u << c_.local_of(static_cast<int>(on_node));
       }
@@ -134,6 +153,7 @@ class TokenWalk {
       if (kPlaces) {
         const int32_t place = __shfl_sync(kFullWarp, count, local) + __popc(lanes & lanes_below());
         if (exists) keep_place(token, node, local, here ? place : -1);
+        if (c_.per_expert && (!kHasNetwork || node == c_.own_node())) d4_send_records(local, here ? place : -1);
       }
       if (lane_idx() == local) count += __popc(lanes);
     }
@@ -161,7 +181,7 @@ class TokenWalk {
     const int first = node * c_.sizes.node_num_experts + local * c_.sizes.num_local_experts;
 #pragma unroll 1
     for (int slot = 0; slot < c_.shape.num_topk; ++slot) {
-      const int at = batch_[lane_idx() * c_.shape.num_topk + slot] - first;
+      const int at = image(lane_idx())[slot] - first;
       if (static_cast<uint32_t>(at) < static_cast<uint32_t>(c_.sizes.num_local_experts)) {
         t_.source.slot_places[int64_t{token} * c_.shape.num_topk + slot] = place;
       }
@@ -175,26 +195,68 @@ class TokenWalk {
     if (token == round * c_.shape.round_tokens) t_.source.round_starts[stream * rounds + round] = row;
   }
 
-  // Where rows are per expert: their places.
+  // Of all tokens of the batch, for all their ranks alike.
+  __device__ void complete_images(int first, int count) const {
+    const int begin = first * c_.shape.num_topk, entries = count * c_.shape.num_topk;
+#pragma unroll 1
+    for (int base = lane_idx(); base < entries; base += kTogether * kWarpThreads) {
+      float weights[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int entry = begin + min(base + i * kWarpThreads, entries - 1);
+        weights[i] = t_.args.topk_weights != nullptr ? t_.args.topk_weights[entry] : 1.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (base + i * kWarpThreads < entries) word_of(base + i * kWarpThreads, 1) = __float_as_int(weights[i]);
+      }
+    }
+    if (lane_idx() < count) image(lane_idx())[3 * c_.shape.num_topk] = first + lane_idx();  // where the row is found
+    expert_places(first, count);
+    __syncwarp();
+  }
+
   __device__ void expert_places(int first, int count) const {
     int32_t* rows = columns_ + c_.num_ranks();
     const int entries = count * c_.shape.num_topk;
 #pragma unroll 1
     for (int begin = 0; begin < entries; begin += kWarpThreads) {
-      const int i = begin + lane_idx(), expert = i < entries ? batch_[i] : -1;
+      const int i = begin + lane_idx(), expert = i < entries ? word_of(i) : -1;
       const uint32_t same = __match_any_sync(kFullWarp, expert);
       const int32_t place = expert >= 0 ? rows[expert] + __popc(same & lanes_below()) : 0;
       __syncwarp();
       if (expert >= 0 && (same & lanes_below()) == 0) rows[expert] += __popc(same);
       __syncwarp();
-      if (i < entries) t_.source.expert_places[first * c_.shape.num_topk + i] = place;
+      if (i >= entries) continue;
+      t_.source.expert_places[first * c_.shape.num_topk + i] = place;
+      word_of(i, 2) = place;
+    }
+  }
+
+  // D4: the records of the batch, each by as many lanes as it has pieces, to a rank of the node where the lane's token
+  // has that `place`, or -1. Where every block knows all places each sends some of them.
+  __device__ void d4_send_records(int local, int32_t place) const {
+    const auto turn = static_cast<unsigned>(warp_idx() * c_.num_locals() + local);
+    if (t_.plan.counting == Counting::kAlone && turn % gridDim.x != blockIdx.x) return;
+    const int offset = (lane_idx() - token_of_lane_ * pieces_) * kRowAlignment;
+    char* to = c_.record_of_source(local, c_.team.rank, 0) + offset;
+#pragma unroll 1
+    for (int first = 0; first < kWarpThreads; first += together_) {
+      const int token = first + token_of_lane_;
+      const int64_t there = __shfl_sync(kFullWarp, place, min(token, kWarpThreads - 1));
+      if (token_of_lane_ >= together_ || token >= kWarpThreads || there < 0) continue;
+      *reinterpret_cast<uint4*>(to + there * c_.sizes.record_bytes) =
+          *reinterpret_cast<const uint4*>(images_ + token * t_.plan.image_bytes + offset);
     }
   }
 
   const Context& c_;
   const DispatchTask& t_;
   int32_t* const columns_;
-  int32_t* const batch_;
+  char* const images_;
+  const int pieces_;    // of 16 bytes, of a record
+  const int together_;  // records that a warp sends at a time
+  const int token_of_lane_;
 };
 
 // D1, first pass: what this block's tokens want, into the scratch.
@@ -233,7 +295,7 @@ __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, c
   if (threadIdx.x == 0) grid_arrive(c.control.grid.counted);
 }
 
-// D1, second pass: each row's place among all rows of this source.
+// D1, second pass: each row's place among all rows of this source, and D4 of their records.
 __device__ inline void d1_place(const Context& c, const DispatchTask& t, const CountArena& arena) {
   TokenWalk<Pass::kPlace>(c, t, arena).run();
   __syncthreads();

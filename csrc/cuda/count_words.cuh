@@ -20,7 +20,8 @@ struct CountPoll {
   const uint64_t* word;
   uint64_t epoch;
 
-  __device__ uint64_t seen() const { return CountWord::epoch(ptx::ld_relaxed_sys(word), epoch); }
+  __device__ uint64_t load() const { return ptx::ld_relaxed_sys(word); }
+  __device__ uint64_t progress(uint64_t seen) const { return CountWord::epoch(seen, epoch); }
 };
 
 // A value of this rank's vector, or as a relay of another's, to a rank of the node.
@@ -43,9 +44,11 @@ __device__ inline int32_t rows_for_node(const Context& c, int peer) {
 // Of a word that has been looked at once: its value, when it has come. False in `ok` where the kernel has to be left.
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, uint64_t seen, bool& ok) {
   const CountPoll poll{c.count_word(c.local_rank(), source, idx), c.epoch};
-  if (CountWord::epoch(seen, c.epoch) == c.epoch) return CountWord::value(seen);
-  ok = ok && keep_waiting(c.team, poll, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
-  return read_count(c, source, idx);
+  if (ok && poll.progress(seen) != c.epoch) {
+    seen = keep_waiting(c.team, poll, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
+    ok = seen != 0;
+  }
+  return CountWord::value(seen);
 }
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, bool& ok) {
   return wait_count(c, source, idx, ptx::ld_relaxed_sys(c.count_word(c.local_rank(), source, idx)), ok);

@@ -41,6 +41,11 @@ __device__ bool d0_slot_credit(const Context& c, const DispatchTask& t) {
   return ok;
 }
 
+// The last thread of a block waits for other blocks, while the others wait for credit and counts.
+__device__ bool meets(const DispatchTask& t) {
+  return t.plan.counting == Counting::kShared && threadIdx.x == blockDim.x - 1;
+}
+
 // Rows that are pulled lie in one region or another, depending on whether their source has cast them: whoever pulls
 // them has to have been called alike.
 __device__ uint32_t dispatch_tag(const DispatchTask& t, const Shape& shape) {
@@ -83,33 +88,21 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
   return true;
 }
 
-// D1 to D3; shared.refused where all ranks refuse the dispatch. False where the kernel has to be left.
-__device__ bool plan_rows(const Context& c, const DispatchTask& t) {
+// D1 and D2, D0 in between. False where the kernel has to be left.
+__device__ bool count_rows(const Context& c, const DispatchTask& t) {
   const CountArena arena(c, t.plan);
-  const bool meets = t.plan.counting == Counting::kShared && threadIdx.x == blockDim.x - 1;  // others wait for credit
   d1_count_block(c, t, arena);
   d0_look_at_slot(c, t);
   bool ok = wait_lane_credit(c, Step::kD0Credit);
-  ok = ok && (!meets || grid_wait(c, c.control.grid.counted));
+  ok = ok && (!meets(t) || grid_wait(c, c.control.grid.counted));
   if (!all_of_block(ok)) return false;
   d2_exchange(c, t, arena);
   d1_place(c, t, arena);
-  Stages(c, t.plan).begin();
-  if (!send_to_nodes(c, t)) return false;
-  if (c.per_expert) d4_prepare_input(c, t);
-  ok = !meets || grid_wait(c, c.control.grid.placed);
-  if (!d3_bases(c, t, BasesArena(c, t.plan), ok)) return false;
-  ptx::fence_proxy_async();  // ordinary accesses of arena and slot, as acquired, come before bulk copies
-  __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {  // of the warp that has the least to do
-    report_counts(c, t.ticket, c.shared.refused ? kRefusedRows : c.shared.num_rows, c.shared.num_rank_rows);
-  }
   return true;
 }
 
 // A cached dispatch has nothing to count.
-__device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
-  Stages(c, t.plan).begin();
+__device__ bool reuse_counts(const Context& c, const DispatchTask& t) {
   d0_look_at_slot(c, t);
   if (!all_of_block(wait_lane_credit(c, Step::kD0Credit))) return false;
   ptx::fence_proxy_async();  // the slot, as acquired, was read by ordinary loads; now it is overwritten by bulk stores
@@ -117,65 +110,102 @@ __device__ bool reuse_plan(const Context& c, const DispatchTask& t) {
     const int32_t* rows = ReceivedCounts::at(c.shape, t.kept.counts).num_received;
     report_counts(c, t.ticket, rows[0], rows[1]);
   }
-  if (!send_to_nodes(c, t)) return false;
-  if (c.per_expert) d4_prepare_input(c, t);
   return true;
 }
 
-// One thread for each rank of the node: what this rank pushes, or gives to be pulled, is there.
-__device__ void tell_sent(const Context& c, int local) {
-  signal(c.team, c.word(local, Region::kSentFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
+// A lane for each rank of the node: this rank's route records are there, and where peers pull, its input.
+__device__ void d4_tell_routes(const Context& c) {
+  if (lane_idx() >= c.num_locals()) return;
+  signal(c.team, c.word(lane_idx(), Region::kRoutesFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
+}
+
+// D4, where peers pull, before D3; told by a warp that has little to do there.
+__device__ void d4_offer_rows(const Context& c, const DispatchTask& t) {
+  d4_prepare_input(c, t);
+  __syncthreads();
+  if (warp_idx() != num_warps() - 2) return;
+  const bool is_last = lane_idx() == 0 && grid_arrive(c.control.grid.recorded) == gridDim.x - 1;
+  const bool tells = __any_sync(kFullWarp, is_last) != 0;
+  __syncwarp();
+  if (tells) d4_tell_routes(c);
+}
+
+// What comes before D3, which needs none of it.
+__device__ Course begin_sending(const Context& c, const DispatchTask& t) {
+  if (!(t.cached ? reuse_counts(c, t) : count_rows(c, t))) return Course::kAborted;
+  Stages(c, t.plan).begin();
+  if (!send_to_nodes(c, t)) return Course::kAborted;
+  if (c.per_expert) d4_offer_rows(c, t);
+  return Course::kGoOn;
+}
+
+// D3, by each launch for itself: counts stay in the window until the lane's credit. shared.refused where all ranks
+// refuse the dispatch. False where the kernel has to be left.
+__device__ bool plan_rows(const Context& c, const DispatchTask& t) {
+  const bool sends = t.half != Half::kReceive;
+  const bool ok = !sends || !meets(t) || grid_wait(c, c.control.grid.placed);
+  if (!d3_bases(c, t, BasesArena(c, t.plan), ok)) return false;
+  ptx::fence_proxy_async();  // ordinary accesses of arena and slot, as acquired, come before bulk copies
+  __syncthreads();
+  if (sends && blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) {  // of the warp that has the least to do
+    report_counts(c, t.ticket, c.shared.refused ? kRefusedRows : c.shared.num_rows, c.shared.num_rank_rows);
+  }
+  return true;
 }
 
 // With one node and rows by rank there is nothing to do on arrival: the routing has been kept while rows were on their
 // way, and one block is enough to wait for the rows.
-__device__ bool routes_early(const Context& c, const DispatchTask& t) {
+__device__ bool arrives_early(const Context& c, const DispatchTask& t) {
   return t.half == Half::kBoth && num_streams(c) == 0 && !c.per_expert;
 }
 
-// D6 arrival (routing), by the warps that push no rows, layout kRank: when they have sent their records, what the
-// records are for. False where the kernel has to be left.
-__device__ bool d6_routing(const Context& c, const DispatchTask& t, int first_warp) {
-  const int warps = num_warps() - first_warp;
-  if (!t.cached && last_warp(c.shared.recorded, warps, c.control.grid.recorded) && lane_idx() < c.num_locals()) {
-    signal(c.team, c.word(lane_idx(), Region::kRoutesFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
-  }
-  if (!routes_early(c, t)) return true;
-  if (!t.cached && !warp_waits_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return false;
+// Layout kRank, by the warps that push no rows: D4 of the records, and D6 arrival of those that come, which may be before
+// the rows. False where the kernel has to be left.
+__device__ bool send_and_keep_routing(const Context& c, const DispatchTask& t) {
+  const int first_warp = t.plan.move_warps;
+  d4_send_records(c, t, first_warp);
+  if (last_warp(c.shared.recorded, num_warps() - first_warp, c.control.grid.recorded)) d4_tell_routes(c);
+  if (!arrives_early(c, t)) return true;
+  if (!warp_waits_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return false;
   d6_keep_routing(c, t, first_warp);
   return true;
 }
 
-__device__ Course send_half(const Context& c, const DispatchTask& t) {
-  if (!(t.cached ? reuse_plan(c, t) : plan_rows(c, t))) return Course::kAborted;
-  if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
-  if (!d0_slot_credit(c, t)) return Course::kAborted;
-  const bool pushes = !c.per_expert;
-  const int first_warp = pushes ? t.plan.move_warps : 0;  // that has the routing
+// One thread for each rank of the node: all rows that this rank pushes are there.
+__device__ void d4_tell_sent(const Context& c, int local) {
+  signal(c.team, c.word(local, Region::kSentFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
+}
+
+// D4 to the own node, where rows are pushed.
+__device__ Course push_rows(const Context& c, const DispatchTask& t) {
   bool ok = true;
-  if (warp_idx() < first_warp) {
+  if (warp_idx() < t.plan.move_warps) {
     Pusher(c, t).d4_send_own_node();
   } else {
-    if (!t.cached) d4_send_records(c, t, first_warp);
-    if (pushes) ok = d6_routing(c, t, first_warp);
+    ok = send_and_keep_routing(c, t);
   }
-  if (pushes && num_streams(c) > 0) {  // warps that push nothing begin to relay
+  if (num_streams(c) > 0) {  // warps that push nothing begin to relay
     if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
-      if (lane_idx() < c.num_locals()) tell_sent(c, lane_idx());
+      if (lane_idx() < c.num_locals()) d4_tell_sent(c, lane_idx());
     }
     return Course::kGoOn;
   }
   if (!all_of_block(ok)) return Course::kAborted;
   const bool last = last_block(c, c.control.grid.sent);
-  if (last && threadIdx.x < static_cast<unsigned>(c.num_locals())) tell_sent(c, static_cast<int>(threadIdx.x));
-  return last || !routes_early(c, t) ? Course::kGoOn : Course::kDone;
+  if (last && threadIdx.x < static_cast<unsigned>(c.num_locals())) d4_tell_sent(c, static_cast<int>(threadIdx.x));
+  return last || !arrives_early(c, t) ? Course::kGoOn : Course::kDone;
+}
+
+__device__ Course send_rows(const Context& c, const DispatchTask& t) {
+  if (c.shared.refused) return all_of_block(drain_streams(c)) ? Course::kRefused : Course::kAborted;
+  if (!d0_slot_credit(c, t)) return Course::kAborted;
+  return c.per_expert ? Course::kGoOn : push_rows(c, t);
 }
 
 // D5, and D6 for the rows that other relays have stored here. Before that `beside`, by the warps that have something to
 // do there. False where the kernel has to be left.
 template <class Beside>
 __device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
-  if (t.half == Half::kReceive && !t.cached && !d3_relay_bases(c, BasesArena(c, t.plan))) return false;
   beside();
   if (!all_of_block(call_d5_relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
@@ -196,13 +226,13 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   if constexpr (kHasNetwork) {
     if (relays && !pulls && !receive_from_nodes(c, t, [] {})) return Course::kAborted;
   }
-  if (!wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
+  if (!pulls && !wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
+  if (arrives_early(c, t)) return Course::kGoOn;
+  if (!wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
   if (pulls && !relays) d6_pull(c, t);
   if constexpr (kHasNetwork) {
     if (relays && pulls && !receive_from_nodes(c, t, [&] { d6_pull(c, t); })) return Course::kAborted;
   }
-  if (routes_early(c, t)) return Course::kGoOn;
-  if (!pulls && !t.cached && !wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
   d6_keep_routing(c, t, pulls && !relays ? t.plan.move_warps : 0);  // by the warps that pull nothing
   if (pulls && t.args.zero_padding) d6_zero_padding(c, t);
   return Course::kGoOn;
@@ -210,7 +240,7 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
 
 // What one rank row of this source takes on its way to another GPU.
 __device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
-  return t.args.format.payload_bytes + t.args.format.scale_span() + (t.cached ? 0 : c.sizes.record_bytes);
+  return t.args.format.payload_bytes + t.args.format.scale_span() + (has_kept_routing(c, t) ? 0 : c.sizes.record_bytes);
 }
 
 // What the last block writes down: the caller's counts, too, which a block that gives up has to find unwritten, or to
@@ -273,7 +303,7 @@ __device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t
   begin(c, t);
   Course course = Course::kGoOn;
   if (t.half != Half::kReceive) {
-    course = send_half(c, t);
+    course = begin_sending(c, t);
   } else if (!all_of_block(not_aborted(c))) {
     course = Course::kAborted;  // maybe by its send half: then the epoch is that of another operation
   } else if (ptx::ld_relaxed_sys(&c.control.refused_epoch) == c.epoch) {
@@ -281,8 +311,10 @@ __device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t
   } else {
     Stages(c, t.plan).begin();
   }
+  if (course == Course::kGoOn && !t.cached && !plan_rows(c, t)) course = Course::kAborted;
+  if (course == Course::kGoOn && t.half != Half::kReceive) course = send_rows(c, t);
   if (course == Course::kDone) return;
-  const bool is_last = course == Course::kGoOn && routes_early(c, t);
+  const bool is_last = course == Course::kGoOn && arrives_early(c, t);
   if (is_last) settle(c, t, course);
   if (course == Course::kGoOn && t.half != Half::kSend) course = receive_half(c, t);
   if (course != Course::kAborted && (is_last || last_block(c, c.control.grid.left))) {

@@ -63,7 +63,7 @@ __device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t)
   }
 }
 
-// As a lane sees it: expert and row of its top-k slot, and, all lanes alike, where the row comes from. Kept as they
+// As a lane sees it: expert and row of its top-k slot, or the row's place, and, all lanes alike, where the row comes from. Kept as they
 // were loaded, and looked at only when the item is due: whoever looks has to wait for the memory.
 struct PullItem {
   int32_t expert = -1;
@@ -80,16 +80,12 @@ class Puller {
         stages_(c, t.plan),
         counts_(ReceivedCounts::at(c.shape, t.kept.counts)),
         kept_(ReceivedRouting::at(c.shape, t.kept.capacity, t.kept.routing)),
+        bases_(c, t.plan),
         rows_(c.own(Region::kRecvRows, t.args.slot)),
         scales_(c.own(Region::kRecvScales, t.args.slot)) {
-    // Where the rank rows of the lane's source start: rows are grouped by source.
-    int32_t rows = lane_idx() < c.num_locals() ? counts_.rows_per_rank[c.neighbour(lane_idx())] : 0;
-    rows_from_ = rows;
-    for (int step = 1; step < kWarpThreads; step *= 2) {
-      const int32_t below = __shfl_up_sync(kFullWarp, rows, step);
-      if (lane_idx() >= step) rows += below;
-    }
-    start_of_ = rows - rows_from_ + rows_before_node();
+    const int lane = min(lane_idx(), c.num_locals() - 1);
+    rows_from_ = t.cached ? find_in_handle(lane) : find_in_arena(lane);
+    if (lane_idx() >= c.num_locals()) rows_from_ = 0;
   }
 
   // Items go round the sources of the node, starting behind the own rank, so that all links are busy at once.
@@ -103,11 +99,17 @@ class Puller {
   }
 
  private:
-  // Rank rows from nodes before the own one: relays have stored them.
-  __device__ int32_t rows_before_node() const {
-    int32_t rows = 0;
-    for (int rank = lane_idx(); rank < c_.neighbour(0); rank += kWarpThreads) rows += counts_.rows_per_rank[rank];
-    return __reduce_add_sync(kFullWarp, rows);
+  // Rank rows of the lane's source, a rank of the node, and the first of them.
+  __device__ int32_t find_in_arena(int local) {
+    const int source = c_.neighbour(local);
+    start_of_ = bases_.source_starts[source];
+    return bases_.source_starts[source + 1] - start_of_;
+  }
+  __device__ int32_t find_in_handle(int local) {
+    start_of_ = 0;
+#pragma unroll 4
+    for (int rank = 0; rank < c_.neighbour(local); ++rank) start_of_ += counts_.rows_per_rank[rank];
+    return counts_.rows_per_rank[c_.neighbour(local)];
   }
 
   __device__ PullItem fetch(int row, int end) const {
@@ -116,18 +118,34 @@ class Puller {
     const int row_of_source = row / c_.num_locals();
     const int32_t rows = __shfl_sync(kFullWarp, rows_from_, source), start = __shfl_sync(kFullWarp, start_of_, source);
     if (row >= end || row_of_source >= rows) return it;
-    fetch_row(it, start + row_of_source, source);
+    it.source = source;
+    if (t_.cached) {
+      fetch_kept(it, start + row_of_source);
+    } else {
+      fetch_record(it, row_of_source);
+    }
     return it;
   }
 
-  __device__ void fetch_row(PullItem& it, int64_t rank_row, int source) const {
-    it.source = source;
-    const RouteRecord record = own_record(c_, t_, rank_row);
-    it.from_row = t_.cached ? kept_.from_row[rank_row] : *record.from_row;
+  __device__ void fetch_kept(PullItem& it, int64_t rank_row) const {
+    it.from_row = kept_.from_row[rank_row];
     if (lane_idx() >= c_.shape.num_topk) return;
-    const int64_t entry = rank_row * c_.shape.num_topk + lane_idx();
-    it.expert = t_.cached ? c_.sizes.first_expert : record.experts[lane_idx()];  // the handle has own experts alone
-    it.row = t_.cached ? kept_.expert_rows[entry] : record.expert_rows[lane_idx()];
+    it.expert = c_.sizes.first_expert;  // the handle has own experts alone
+    it.row = kept_.expert_rows[rank_row * c_.shape.num_topk + lane_idx()];
+  }
+  __device__ void fetch_record(PullItem& it, int32_t place) const {
+    const RouteRecord record = RouteRecord::at(c_.shape, c_.record_of_source(c_.local_rank(), c_.neighbour(it.source), place));
+    it.from_row = *record.from_row;
+    if (lane_idx() >= c_.shape.num_topk) return;
+    it.expert = record.experts[lane_idx()];
+    it.row = record.expert_rows[lane_idx()];
+  }
+
+  // What was fetched of the lane's slot, made final.
+  __device__ int32_t row_of(const PullItem& it) const {
+    if (!c_.is_own_expert(it.expert)) return -1;
+    if (t_.cached) return it.row;
+    return expert_row(c_, bases_, c_.neighbour(it.source), it.expert - c_.sizes.first_expert, it.row);
   }
 
   __device__ int chunk_bytes(int chunk) const {
@@ -136,7 +154,7 @@ class Puller {
 
   __device__ void load(const PullItem& it, int chunk, int stage) {
     const int span = t_.args.format.scale_span();
-    stages_.keep_row(stage, c_.is_own_expert(it.expert) ? it.row : -1);
+    stages_.keep_row(stage, row_of(it));
     if (span > 0) ptx::fence_proxy_async_shared();  // scales have been read by ordinary loads
     __syncwarp();
     if (lane_idx() != 0) return;
@@ -181,10 +199,11 @@ class Puller {
   const Stages stages_;
   const ReceivedCounts counts_;
   const ReceivedRouting kept_;
+  const BasesArena bases_;
   char* rows_;
   char* scales_;
-  int32_t rows_from_;  // rank rows that come from the lane's source, a rank of the node
-  int32_t start_of_;   // the first of them
+  int32_t start_of_;   // the first rank row that comes from the lane's source, a rank of the node
+  int32_t rows_from_;  // and how many do
 };
 
 }  // namespace deep_a2a::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/nodes.cuh"
+#include "cuda/routing.cuh"
 
 namespace deep_a2a::cuda {
 
@@ -184,7 +185,7 @@ class Relay {
     }
     const uint32_t others = __ballot_sync(kFullWarp, target.local >= 0 && target.local != c_.local_rank());
     to_others_ += int64_t{__popc(others)} * (bytes + scales);
-    if (item.piece == 0 && !t_.cached) store_records(route, target.rank_row);
+    if (item.piece == 0 && !has_kept_routing(c_, t_)) store_records(route, target.rank_row, item.chunk.stream);
     if (item.ends_chunk) give_credit(item.chunk);  // all loads of it are complete
   }
 
@@ -208,20 +209,27 @@ class Relay {
     return {rank_row >= 0 ? lane_idx() : -1, rank_row, rank_row};
   }
 
-  __device__ void store_records(const RouteEntry& route, int32_t rank_row) {
+  // As the source would have: where rows are per expert, with places.
+  __device__ void store_records(const RouteEntry& route, int32_t rank_row, int stream) {
     const uint32_t ranks = __ballot_sync(kFullWarp, rank_row >= 0);
-    const int64_t first = c_.team.layout.offset(Region::kRecvRoutes, t_.args.slot);
+    const int source = stream_of(c_, stream).peer;
+    int32_t rank_base = 0, expert_base = 0;
+    if (c_.per_expert && rank_row >= 0) rank_base = bases_.relay_rank_bases[stream * c_.num_locals() + lane_idx()];
+    if (c_.per_expert && route.expert >= 0) {
+      const int node_expert = route.expert - c_.sizes.node_first_expert;
+      expert_base = bases_.relay_expert_bases[stream * c_.sizes.node_num_experts + node_expert];
+    }
 #pragma unroll 1
     for (uint32_t left = ranks; left != 0; left &= left - 1) {
       const int local = __ffs(static_cast<int>(left)) - 1;
-      const int64_t there = __shfl_sync(kFullWarp, rank_row, local);
-      const RouteRecord record =
-          RouteRecord::at(c_.shape, c_.team.windows[local] + first + there * c_.sizes.record_bytes);
+      const int32_t there = __shfl_sync(kFullWarp, rank_row - rank_base, local);
+      const RouteRecord record = RouteRecord::at(
+          c_.shape, c_.per_expert ? c_.record_of_source(local, source, there) : c_.record(local, there));
       if (record.from_row != nullptr && lane_idx() == 0) *record.from_row = -1;  // it is not pulled
       if (lane_idx() >= c_.shape.num_topk) continue;
       record.experts[lane_idx()] = route.expert;
       record.weights[lane_idx()] = route.weight;
-      if (record.expert_rows != nullptr) record.expert_rows[lane_idx()] = route.expert < 0 ? -1 : route.expert_row;
+      if (record.expert_rows != nullptr) record.expert_rows[lane_idx()] = route.expert_row - expert_base;
     }
     to_others_ += __popc(ranks & ~(1u << c_.local_rank())) * c_.sizes.record_bytes;
   }
@@ -244,15 +252,6 @@ class Relay {
   RouteEntry next_{-1, 0.0f, -1, -1};  // of the lane's slot
   int64_t to_others_ = 0;              // bytes
 };
-
-// The bases that a relay needs, in a launch that has not worked them out itself: the counts still lie in the window.
-__device__ inline bool d3_relay_bases(const Context& c, const BasesArena& arena) {
-  if (!all_of_block(sum_counts(c, arena))) return false;
-  if (c.per_expert) start_groups(c, arena);
-  ptx::fence_proxy_async();  // the arena has been written by ordinary stores, later it is by bulk loads
-  __syncthreads();
-  return true;
-}
 
 // D5 where all rounds have room at once, which is mostly one. False where the kernel has to be left.
 __device__ inline bool relay_all(const Context& c, Relay& relay) {

@@ -23,17 +23,25 @@ __device__ inline void signal(const Team& team, uint64_t* word, uint64_t value) 
   ptx::st_release_sys(word, value);
 }
 
-// A word in the own window, of which the upper bits count, or a counter of the grid.
+// What is polled: a word in the own window, of which the upper bits count, or a counter of the grid. A look that
+// acquires drops the SM's whole first-level cache, which other warps live on: it is for waits of a whole block.
+enum class Look : int { kRelaxed, kAcquire };
+
+template <Look kLook>
 struct WindowWord {
   const uint64_t* word;
   int shift = 0;
 
-  __device__ uint64_t seen() const { return ptx::ld_relaxed_sys(word) >> shift; }
+  __device__ uint64_t load() const {
+    return kLook == Look::kAcquire ? ptx::ld_acquire_sys(word) : ptx::ld_relaxed_sys(word);
+  }
+  __device__ uint64_t progress(uint64_t seen) const { return seen >> shift; }
 };
 struct GridWord {
   const uint32_t* word;
 
-  __device__ uint64_t seen() const { return ptx::ld_relaxed_gpu(word); }
+  __device__ uint64_t load() const { return ptx::ld_acquire_gpu(word); }
+  __device__ uint64_t progress(uint64_t seen) const { return seen; }
 };
 
 // Who waits, and what for.
@@ -45,11 +53,12 @@ struct Wait {
   uint64_t expected;
 };
 
-// Polls until `expected` is seen. False: this rank or another gave up, and the kernel has to be left. Nothing is
-// acquired: that drops the SM's whole first-level cache, which other warps live on. Callers acquire afterwards.
+// Polls until the word has come as far as `expected`, which is not 0, and returns it as it was seen then. 0: this rank
+// or another gave up, and the kernel has to be left.
 template <class Word>
-DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
-  if (word.seen() >= w.expected) return true;
+DEEP_A2A_COLD uint64_t keep_waiting(const Team& team, Word word, Wait w) {
+  uint64_t seen = word.load();
+  if (word.progress(seen) >= w.expected) return seen;
   // Who waits for the own rank, or for a relay, waits for another thread that waits for a peer: that one should be the
   // first to give up.
   const bool is_second = w.peer == team.rank || w.step == Step::kD6Relayed;
@@ -58,17 +67,18 @@ DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
   while (true) {
 #pragma unroll 1
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-      if (word.seen() >= w.expected) return true;
+      seen = word.load();
+      if (word.progress(seen) >= w.expected) return seen;
     }
     if (const uint64_t by = abort_word(team)) {
       report_fault(team, by);
-      return false;
+      return 0;
     }
     const uint64_t waited = ptx::global_timer() - start;
     if (waited >= patience) {
       give_up(team, {Fault::kTimeout, w.step, team.rank, w.peer, w.lane, static_cast<uint32_t>(waited / 1000000),
-                     w.epoch, w.expected, word.seen()});
-      return false;
+                     w.epoch, w.expected, word.progress(seen)});
+      return 0;
     }
   }
 }
@@ -76,15 +86,16 @@ DEEP_A2A_COLD bool keep_waiting(const Team& team, Word word, Wait w) {
 // The first look acquires at once: credits have mostly come long before.
 __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
   if (ptx::ld_acquire_sys(word) >= expected) return true;
-  if (!keep_waiting(c.team, WindowWord{word}, {step, peer, c.lane, c.epoch, expected})) return false;
-  ptx::ld_acquire_sys(word);
-  return true;
+  const WindowWord<Look::kRelaxed> polled{word};
+  return keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, expected}) != 0 && ptx::ld_acquire_sys(word) != 0;
 }
 
 // For a word with a tag, whatever the tag is: what has been acquired; 0 where the kernel has to be left.
+template <Look kLook = Look::kRelaxed>
 __device__ inline uint64_t wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
-  const WindowWord epoch{word, Tag::kBits + Tag::kRowBits};
-  return keep_waiting(c.team, epoch, {step, peer, c.lane, c.epoch, c.epoch}) ? ptx::ld_acquire_sys(word) : 0;
+  const WindowWord<kLook> polled{word, Tag::kBits + Tag::kRowBits};
+  const uint64_t seen = keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, c.epoch});
+  return kLook == Look::kAcquire || seen == 0 ? seen : ptx::ld_acquire_sys(word);
 }
 
 // Another call than the own one has been acquired. What an aborted operation has left behind is none.
@@ -97,8 +108,9 @@ DEEP_A2A_COLD void report_mismatch(const Team& team, Wait w, uint32_t seen) {
 }
 
 // Gives up where the tag is not the own one.
+template <Look kLook = Look::kRelaxed>
 __device__ inline bool wait_tagged(const Context& c, const uint64_t* word, Step step, int peer) {
-  const uint64_t acquired = wait_epoch(c, word, step, peer);
+  const uint64_t acquired = wait_epoch<kLook>(c, word, step, peer);
   if (acquired == 0) return false;
   const uint32_t tag = Tag::of(acquired);
   if (tag == c.tag) return true;
@@ -114,9 +126,7 @@ __device__ inline bool all_of_block(bool ok) { return __syncthreads_and(ok) != 0
 __device__ inline uint32_t grid_arrive(uint32_t& counter) { return ptx::atom_add_acq_rel_gpu(&counter, 1); }
 
 __device__ inline bool grid_wait(const Context& c, const uint32_t& counter) {
-  if (!keep_waiting(c.team, GridWord{&counter}, {Step::kGrid, c.team.rank, c.lane, c.epoch, gridDim.x})) return false;
-  ptx::ld_acquire_gpu(&counter);
-  return true;
+  return keep_waiting(c.team, GridWord{&counter}, {Step::kGrid, c.team.rank, c.lane, c.epoch, gridDim.x}) != 0;
 }
 
 // A warp has done its share, one of `warps` in its block: true in all lanes of the one warp of the grid that comes
@@ -207,8 +217,9 @@ __device__ inline void signal_node(const Context& c, Region region, int64_t idx,
 // the words stand for has to fence the proxies first.
 __device__ inline bool wait_node_tagged(const Context& c, Region region, Step step) {
   const int local = static_cast<int>(threadIdx.x);
-  return all_of_block(local < c.num_locals() ? wait_tagged(c, c.own_word(region, local), step, c.neighbour(local))
-                                             : not_aborted(c));
+  return all_of_block(local < c.num_locals()
+                          ? wait_tagged<Look::kAcquire>(c, c.own_word(region, local), step, c.neighbour(local))
+                          : not_aborted(c));
 }
 
 // The same for the lanes of a warp.

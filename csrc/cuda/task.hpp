@@ -8,7 +8,8 @@
 
 namespace deep_a2a::cuda {
 
-// What a receiver keeps in its handle and what it gives to the caller, who may change it.
+// What a receiver keeps in its handle and what it gives to the caller, who may change it. In layout kRank a handle has
+// no routing: that comes with the rows of every dispatch.
 struct ReceivedArrays {
   int32_t* counts = nullptr;   // ReceivedCounts
   int32_t* routing = nullptr;  // ReceivedRouting of `capacity` rank rows

@@ -101,6 +101,8 @@ struct Sizes {
   int32_t node_num_experts;
   // e * expert_reciprocal >> 32 is e / num_local_experts, for as many experts as can be counted.
   uint64_t expert_reciprocal;
+  // i * topk_reciprocal >> 16 is i / num_topk, for the top-k slots of 32 tokens.
+  uint32_t topk_reciprocal;
   int64_t slot_rows;
   int64_t counts_bytes;
   int64_t record_bytes;
@@ -123,6 +125,7 @@ struct Sizes {
             node * s.experts_per_node(),
             s.experts_per_node(),
             ((uint64_t{1} << 32) + static_cast<uint64_t>(experts) - 1) / static_cast<uint64_t>(experts),
+            static_cast<uint32_t>(ceil_div(1 << 16, s.num_topk)),
             s.slot_rows(),
             CountVector::bytes(s),
             RouteRecord::bytes(s),
@@ -153,6 +156,7 @@ enum class Half : int { kSend = 1, kReceive = 2, kBoth = 3 };
 // What the source keeps of a dispatch, in one allocation of the caller's: for cached dispatches and for combine.
 struct SourceHandle {
   int32_t* experts;        // [num_tokens, num_topk]
+  float* weights;          // [num_tokens, num_topk]; in layout kRank alone
   int32_t* expert_places;  // [num_tokens, num_topk]; not in layout kRank
   int32_t* rank_places;    // [num_tokens, ranks_per_node], -1 where none of the rank's experts is wanted
   int32_t* rank_bases;     // [ranks_per_node]: base + place is the rank row
@@ -177,6 +181,7 @@ struct SourceHandle {
     rank_rows = take(s.topology.ranks_per_node);
     rank_places = take(int64_t{num_tokens} * s.topology.ranks_per_node);
     experts = take(entries);
+    weights = reinterpret_cast<float*>(take(s.row_per_expert() ? 0 : entries));
     expert_places = take(s.row_per_expert() ? entries : 0);
     const int streams = s.topology.num_peer_nodes();
     stream_rows = take(int64_t{num_tokens} * streams);

@@ -24,6 +24,7 @@ enum class Counting : int { kShared = 0, kAlone = 1 };
 struct DispatchPlan {
   Counting counting = Counting::kShared;
   int count_warps = 0;  // that count tokens
+  int image_bytes = 0;  // from one token to the next where they have the experts, or the whole records, of 32 tokens
   int ring_offset = 0;  // behind what D3 leaves in the arena; the rings, before them the counters of D1 and D3
   int move_warps = 0;   // that move rows, each with a ring
   int push_warps = 0;   // of these, that begin with rows of the own node; with several nodes the others begin to relay
