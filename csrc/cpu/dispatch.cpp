@@ -23,8 +23,8 @@ void store_counts(Transport& transport, const Turn& turn, int source, const char
 
 }  // namespace
 
-Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
-                   std::shared_ptr<Received> result, uint64_t slot_use)
+Dispatch::Dispatch(Transport& transport, int lane, const DispatchArgs& args, std::shared_ptr<Handle> handle,
+                   bool cached, std::shared_ptr<Received> result, uint64_t slot_use)
     : transport_(transport),
       shape_(transport.shape()),
       args_(args),
@@ -34,7 +34,7 @@ Dispatch::Dispatch(Transport& transport, const DispatchArgs& args, std::shared_p
       slot_use_(slot_use),
       tag_(Tag::dispatch(args.slot, args.format.code, cached)),
       stream_row_(StreamRow::dispatch(shape_, args.format, cached)),
-      slot_(transport, args.slot, args.format,
+      slot_(transport, lane, args.slot, args.format,
             int64_t{args.num_tokens} * args.format.payload_bytes > kStreamingInputBytes) {}
 
 void Dispatch::send(const Turn& turn, const std::function<void()>& on_counts) {

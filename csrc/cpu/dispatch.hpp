@@ -16,10 +16,10 @@ namespace deep_a2a::cpu {
 
 class Dispatch {
  public:
-  // With `cached`, `handle` is that of an earlier dispatch and stays as it is; otherwise it is filled.
+  // On `lane`. With `cached`, `handle` is that of an earlier dispatch and stays as it is; otherwise it is filled.
   // `slot_use` is the number of this use of the slot, from 1.
   // `result` is the caller's copy of what the handle receives, to do with as they like.
-  Dispatch(Transport& transport, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
+  Dispatch(Transport& transport, int lane, const DispatchArgs& args, std::shared_ptr<Handle> handle, bool cached,
            std::shared_ptr<Received> result, uint64_t slot_use);
 
   // D0 to D4, of the rounds that have room. Calls `on_counts` once the sizes of the result are known. Throws if the

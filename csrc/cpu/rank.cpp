@@ -39,7 +39,7 @@ std::shared_ptr<DispatchCall> Rank::dispatch(int lane_idx, const DispatchArgs& a
   call->counts = std::make_shared<Event>();
   call->result = std::make_shared<Received>();
   call->handle = cached != nullptr ? cached : std::make_shared<Handle>();
-  call->dispatch = std::make_shared<Dispatch>(transport_, args, call->handle, cached != nullptr, call->result,
+  call->dispatch = std::make_shared<Dispatch>(transport_, lane_idx, args, call->handle, cached != nullptr, call->result,
                                               ++slot_uses_[args.slot]);
   const auto send = guarded([this, dispatch = call->dispatch, counts = call->counts](const Turn& turn) {
     transport_.begin(turn);

@@ -27,11 +27,13 @@ constexpr int64_t kRowsTogether = 16;
 
 }  // namespace
 
-Slot::Slot(Transport& transport, int slot, const RowFormat& format, bool streaming)
+Slot::Slot(Transport& transport, int lane, int slot, const RowFormat& format, bool streaming)
     : transport_(transport), shape_(transport.shape()), format_(format), streaming_(streaming) {
   for (int local = 0; local < shape_.topology.ranks_per_node; ++local) {
-    const auto at = [&](Region region) { return transport_.region(transport_.neighbour(local), region, slot); };
-    views_.push_back({at(Region::kRecvRows), at(Region::kRecvScales), at(Region::kRecvRoutes)});
+    const int rank = transport_.neighbour(local);
+    views_.push_back({transport_.region(rank, Region::kRecvRows, slot),
+                      transport_.region(rank, Region::kRecvScales, slot),
+                      transport_.region(rank, Region::kRecvRoutes, lane)});
   }
 }
 

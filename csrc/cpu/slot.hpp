@@ -19,8 +19,8 @@ struct Row {
 
 class Slot {
  public:
-  // `streaming`: rows are stored past the caches.
-  Slot(Transport& transport, int slot, const RowFormat& format, bool streaming);
+  // For a dispatch on `lane`. `streaming`: rows are stored past the caches.
+  Slot(Transport& transport, int lane, int slot, const RowFormat& format, bool streaming);
 
   // Stores a row to all its final rows on this node: once per destination rank, or once per expert. `with_routing` also
   // stores its entries to its rank rows. Entries of other nodes are passed over.
@@ -33,7 +33,7 @@ class Slot {
   void lay_out_columns(const Received& received, const ColumnScales& columns, bool with_padding) const;
 
  private:
-  // The slot's regions at one rank.
+  // The slot's regions at one rank, and the lane's for the routing.
   struct View {
     char* rows;
     char* scales;

@@ -10,7 +10,7 @@ namespace deep_a2a::cuda {
 struct BasesArena {
   int32_t* source_starts;  // [ranks + 1], the first rank row at this rank of each source, and the end of the last one's
   int32_t* own_offsets;    // [local experts], where their groups start at this rank; these two only with rows by expert
-  int32_t* source_bases;   // [ranks + 1, local experts], where each source's rows start in them; the rows of all sources
+  int32_t* source_bases;  // [ranks + 1, local experts], where each source's rows start in them; the rows of all sources
   int32_t* relay_rank_bases;    // [streams, ranks of the node], where the rank rows of a rail peer start at each
   int32_t* relay_expert_bases;  // [streams, experts of the node], and its expert rows
   int32_t* rank_rows;           // [ranks], rank rows that each rank receives
@@ -241,7 +241,7 @@ __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const B
     c.shared.num_rank_rows = arena.rank_rows[c.team.rank];
     c.shared.num_rows = c.per_expert ? arena.group_rows[c.team.rank] : c.shared.num_rank_rows;
   }
-  if (blockIdx.x != 0) return true;
+  if (blockIdx.x != 0 || t.half == Half::kReceive) return true;  // whose send half has told and written all this
   if (refused) {
     report_refusal(c);
   } else {

@@ -62,10 +62,10 @@ struct Context {
     return team.windows[local] + team.layout.offset(region, instance);
   }
   __device__ char* own(Region which, int instance) const { return region(local_rank(), which, instance); }
-  // The route record of a rank row at a rank of the node. Where rows are per expert it is sent before bases are known, and
-  // found by source and place.
+  // The route record of a rank row at a rank of the node. Where rows are per expert it is sent before bases are known,
+  // and found by source and place.
   __device__ char* record(int local, int64_t rank_row) const {
-    return region(local, Region::kRoutes, lane) + rank_row * sizes.record_bytes;
+    return region(local, Region::kRecvRoutes, lane) + rank_row * sizes.record_bytes;
   }
   __device__ char* record_of_source(int local, int source, int32_t place) const {
     return record(local, int64_t{source} * shape.max_tokens + place);

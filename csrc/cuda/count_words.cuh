@@ -44,11 +44,10 @@ __device__ inline int32_t rows_for_node(const Context& c, int peer) {
 // Of a word that has been looked at once: its value, when it has come. False in `ok` where the kernel has to be left.
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, uint64_t seen, bool& ok) {
   const CountPoll poll{c.count_word(c.local_rank(), source, idx), c.epoch};
-  if (ok && poll.progress(seen) != c.epoch) {
-    seen = keep_waiting(c.team, poll, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
-    ok = seen != 0;
-  }
-  return CountWord::value(seen);
+  if (!ok || poll.progress(seen) == c.epoch) return CountWord::value(seen);
+  const Seen last = keep_waiting(c.team, poll, {Step::kD3Bases, source, c.lane, c.epoch, c.epoch});
+  ok = last.has_come;
+  return CountWord::value(last.word);
 }
 __device__ inline int32_t wait_count(const Context& c, int source, int idx, bool& ok) {
   return wait_count(c, source, idx, ptx::ld_relaxed_sys(c.count_word(c.local_rank(), source, idx)), ok);

@@ -15,7 +15,7 @@ enum class Course : int {
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
-#define DEEP_A2A_CALL static __device__ __attribute__((noinline))
+#define DEEP_A2A_CALL [[maybe_unused]] static __device__ __attribute__((noinline))
 
 template <class Task>
 __device__ inline CallFrame<Task>& call_frame() {

@@ -5,6 +5,7 @@
 #include "cuda/pull.cuh"
 #include "cuda/push.cuh"
 #include "cuda/relay.cuh"
+#include "cuda/settle.cuh"
 
 namespace deep_a2a::cuda {
 namespace {
@@ -159,8 +160,8 @@ __device__ bool arrives_early(const Context& c, const DispatchTask& t) {
   return t.half == Half::kBoth && num_streams(c) == 0 && !c.per_expert;
 }
 
-// Layout kRank, by the warps that push no rows: D4 of the records, and D6 arrival of those that come, which may be before
-// the rows. False where the kernel has to be left.
+// Layout kRank, by the warps that push no rows: D4 of the records, and D6 arrival of those that come, which may be
+// before the rows. False where the kernel has to be left.
 __device__ bool send_and_keep_routing(const Context& c, const DispatchTask& t) {
   const int first_warp = t.plan.move_warps;
   d4_send_records(c, t, first_warp);
@@ -205,7 +206,7 @@ __device__ Course send_rows(const Context& c, const DispatchTask& t) {
 // D5, and D6 for the rows that other relays have stored here. Before that `beside`, by the warps that have something to
 // do there. False where the kernel has to be left.
 template <class Beside>
-__device__ bool receive_from_nodes(const Context& c, const DispatchTask& t, Beside&& beside) {
+__device__ bool receive_from_nodes(const Context& c, Beside&& beside) {
   beside();
   if (!all_of_block(call_d5_relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
@@ -224,78 +225,18 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
   const bool pulls = c.per_expert;
   const bool relays = num_streams(c) > 0;
   if constexpr (kHasNetwork) {
-    if (relays && !pulls && !receive_from_nodes(c, t, [] {})) return Course::kAborted;
+    if (relays && !pulls && !receive_from_nodes(c, [] {})) return Course::kAborted;
   }
   if (!pulls && !wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
   if (arrives_early(c, t)) return Course::kGoOn;
   if (!wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
   if (pulls && !relays) d6_pull(c, t);
   if constexpr (kHasNetwork) {
-    if (relays && pulls && !receive_from_nodes(c, t, [&] { d6_pull(c, t); })) return Course::kAborted;
+    if (relays && pulls && !receive_from_nodes(c, [&] { d6_pull(c, t); })) return Course::kAborted;
   }
   d6_keep_routing(c, t, pulls && !relays ? t.plan.move_warps : 0);  // by the warps that pull nothing
   if (pulls && t.args.zero_padding) d6_zero_padding(c, t);
   return Course::kGoOn;
-}
-
-// What one rank row of this source takes on its way to another GPU.
-__device__ int64_t row_wire_bytes(const Context& c, const DispatchTask& t) {
-  return t.args.format.payload_bytes + t.args.format.scale_span() + (has_kept_routing(c, t) ? 0 : c.sizes.record_bytes);
-}
-
-// What the last block writes down: the caller's counts, too, which a block that gives up has to find unwritten, or to
-// clear for good. A dispatch that is refused has used its slot like any other: the host releases it.
-__device__ void settle(const Context& c, const DispatchTask& t, Course course) {
-  end(c);
-  if (t.half == Half::kReceive) return;
-  for (int64_t i = threadIdx.x; course == Course::kGoOn && i < ReceivedCounts::words(c.shape); i += blockDim.x) {
-    t.result.counts[i] = t.kept.counts[i];
-  }
-  if (threadIdx.x != blockDim.x - 1) return;  // a thread that waits for nobody
-  ++c.team.control->slots[t.args.slot].uses;
-  if (course == Course::kRefused) {
-    c.control.refused_epoch = c.epoch;
-  } else {
-    count_wire_bytes(c, t.source, row_wire_bytes(c, t));
-  }
-}
-
-// By the last block, when all is there and settled. False where the kernel has to be left.
-__device__ bool finish(const Context& c, const DispatchTask& t, Course course) {
-  if (course == Course::kGoOn && t.half == Half::kSend) return true;
-  give_lane_credit(c);
-  const bool is_read = course == Course::kGoOn && c.per_expert;  // by peers, who pull
-  return !is_read || wait_rows_read(c, Step::kD6Read);
-}
-
-// Of a dispatch that brought nothing: counts zero, and no expert in any slot. With such a handle combine gives zeros,
-// and waits for nobody.
-__device__ void clear_result(const Context& c, const DispatchTask& t) {
-  const auto clear = [&](const ReceivedArrays& arrays) {
-    for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) arrays.counts[i] = 0;
-    if (arrays.routing == nullptr) return;
-    const ReceivedRouting routing = ReceivedRouting::at(c.shape, arrays.capacity, arrays.routing);
-    for (int64_t i = threadIdx.x; i < arrays.capacity * c.shape.num_topk; i += blockDim.x) {
-      write_routes<1>(routing, i, {{-1}, {0.0f}, {-1}});
-    }
-  };
-  clear(t.result);
-  if (t.cached) return;
-  clear(t.kept);
-  for (int i = threadIdx.x; i < c.num_locals(); i += blockDim.x) t.source.rank_bases[i] = t.source.rank_rows[i] = 0;
-  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.num_locals(); i += blockDim.x) {
-    t.source.rank_places[i] = -1;
-  }
-  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * c.shape.num_topk; i += blockDim.x) {
-    t.source.experts[i] = -1;
-  }
-  for (int i = threadIdx.x; i < num_streams(c); i += blockDim.x) t.source.stream_counts[i] = 0;
-  for (int i = threadIdx.x; i < num_streams(c) * c.sizes.num_rounds; i += blockDim.x) {
-    t.source.round_starts[i] = t.relay.round_rows[i] = 0;
-  }
-  for (int64_t i = threadIdx.x; i < int64_t{t.args.num_tokens} * num_streams(c); i += blockDim.x) {
-    t.source.stream_rows[i] = -1;
-  }
 }
 
 __device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t, RowsPer rows_per) {

@@ -63,8 +63,8 @@ __device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t)
   }
 }
 
-// As a lane sees it: expert and row of its top-k slot, or the row's place, and, all lanes alike, where the row comes from. Kept as they
-// were loaded, and looked at only when the item is due: whoever looks has to wait for the memory.
+// As a lane sees it: expert and row of its top-k slot, or the row's place, and, all lanes alike, where the row comes
+// from. Kept as they were loaded, and looked at only when the item is due: whoever looks has to wait for the memory.
 struct PullItem {
   int32_t expert = -1;
   int32_t row = -1;
@@ -134,7 +134,8 @@ class Puller {
     it.row = kept_.expert_rows[rank_row * c_.shape.num_topk + lane_idx()];
   }
   __device__ void fetch_record(PullItem& it, int32_t place) const {
-    const RouteRecord record = RouteRecord::at(c_.shape, c_.record_of_source(c_.local_rank(), c_.neighbour(it.source), place));
+    const RouteRecord record =
+        RouteRecord::at(c_.shape, c_.record_of_source(c_.local_rank(), c_.neighbour(it.source), place));
     it.from_row = *record.from_row;
     if (lane_idx() >= c_.shape.num_topk) return;
     it.expert = record.experts[lane_idx()];

@@ -83,7 +83,7 @@ struct alignas(4 * kWidth) KeptRoutes {
   int32_t experts[kWidth];
   float weights[kWidth];
   int32_t rows[kWidth];  // as they came, places
-  int source;
+  int source = 0;
 };
 
 template <int kWidth>

@@ -53,12 +53,18 @@ struct Wait {
   uint64_t expected;
 };
 
-// Polls until the word has come as far as `expected`, which is not 0, and returns it as it was seen then. 0: this rank
-// or another gave up, and the kernel has to be left.
+// A word as it was seen last, and whether it has come. If not, this rank or another gave up, and the kernel has to be
+// left.
+struct Seen {
+  uint64_t word;
+  bool has_come;
+};
+
+// Polls until the word has come as far as `expected`.
 template <class Word>
-DEEP_A2A_COLD uint64_t keep_waiting(const Team& team, Word word, Wait w) {
+DEEP_A2A_COLD Seen keep_waiting(const Team& team, Word word, Wait w) {
   uint64_t seen = word.load();
-  if (word.progress(seen) >= w.expected) return seen;
+  if (word.progress(seen) >= w.expected) return {seen, true};
   // Who waits for the own rank, or for a relay, waits for another thread that waits for a peer: that one should be the
   // first to give up.
   const bool is_second = w.peer == team.rank || w.step == Step::kD6Relayed;
@@ -68,17 +74,17 @@ DEEP_A2A_COLD uint64_t keep_waiting(const Team& team, Word word, Wait w) {
 #pragma unroll 1
     for (int poll = 0; poll < kPollsPerCheck; ++poll) {
       seen = word.load();
-      if (word.progress(seen) >= w.expected) return seen;
+      if (word.progress(seen) >= w.expected) return {seen, true};
     }
     if (const uint64_t by = abort_word(team)) {
       report_fault(team, by);
-      return 0;
+      return {seen, false};
     }
     const uint64_t waited = ptx::global_timer() - start;
     if (waited >= patience) {
       give_up(team, {Fault::kTimeout, w.step, team.rank, w.peer, w.lane, static_cast<uint32_t>(waited / 1000000),
                      w.epoch, w.expected, word.progress(seen)});
-      return 0;
+      return {seen, false};
     }
   }
 }
@@ -87,15 +93,18 @@ DEEP_A2A_COLD uint64_t keep_waiting(const Team& team, Word word, Wait w) {
 __device__ inline bool wait(const Context& c, const uint64_t* word, uint64_t expected, Step step, int peer) {
   if (ptx::ld_acquire_sys(word) >= expected) return true;
   const WindowWord<Look::kRelaxed> polled{word};
-  return keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, expected}) != 0 && ptx::ld_acquire_sys(word) != 0;
+  if (!keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, expected}).has_come) return false;
+  ptx::ld_acquire_sys(word);
+  return true;
 }
 
 // For a word with a tag, whatever the tag is: what has been acquired; 0 where the kernel has to be left.
 template <Look kLook = Look::kRelaxed>
 __device__ inline uint64_t wait_epoch(const Context& c, const uint64_t* word, Step step, int peer) {
   const WindowWord<kLook> polled{word, Tag::kBits + Tag::kRowBits};
-  const uint64_t seen = keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, c.epoch});
-  return kLook == Look::kAcquire || seen == 0 ? seen : ptx::ld_acquire_sys(word);
+  const Seen seen = keep_waiting(c.team, polled, {step, peer, c.lane, c.epoch, c.epoch});
+  if (!seen.has_come) return 0;
+  return kLook == Look::kAcquire ? seen.word : ptx::ld_acquire_sys(word);
 }
 
 // Another call than the own one has been acquired. What an aborted operation has left behind is none.
@@ -126,7 +135,7 @@ __device__ inline bool all_of_block(bool ok) { return __syncthreads_and(ok) != 0
 __device__ inline uint32_t grid_arrive(uint32_t& counter) { return ptx::atom_add_acq_rel_gpu(&counter, 1); }
 
 __device__ inline bool grid_wait(const Context& c, const uint32_t& counter) {
-  return keep_waiting(c.team, GridWord{&counter}, {Step::kGrid, c.team.rank, c.lane, c.epoch, gridDim.x}) != 0;
+  return keep_waiting(c.team, GridWord{&counter}, {Step::kGrid, c.team.rank, c.lane, c.epoch, gridDim.x}).has_come;
 }
 
 // A warp has done its share, one of `warps` in its block: true in all lanes of the one warp of the grid that comes

@@ -48,20 +48,21 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
   const int before_arena = arena_begin(s.topology.num_nodes());
   const int64_t arena = limits.shared_bytes - before_arena;
   const int64_t streams = s.topology.num_peer_nodes();
-  plan.ring_offset =
-      aligned((int64_t{s.topology.num_ranks} + 1 + (s.row_per_expert() ? s.num_experts + 2 * s.num_local_experts() : 0) +
-               streams * (s.topology.ranks_per_node + s.experts_per_node())) *
-              4);
+  plan.ring_offset = aligned((int64_t{s.topology.num_ranks} + 1 +
+                              (s.row_per_expert() ? s.num_experts + 2 * s.num_local_experts() : 0) +
+                              streams * (s.topology.ranks_per_node + s.experts_per_node())) *
+                             4);
   const int64_t left = arena - plan.ring_offset;
 
   const int64_t counters = (int64_t{s.num_experts} + s.topology.num_ranks + streams) * 4;  // of a warp
   // Eight lanes, each at the same word of a token of its own, find eight banks.
-  const int64_t record = (s.row_per_expert() ? RouteRecord::bytes(s) : ceil_div(s.num_topk * 4, kRowAlignment) * kRowAlignment) / kRowAlignment;
+  const int64_t record =
+      (s.row_per_expert() ? RouteRecord::bytes(s) : ceil_div(s.num_topk * 4, kRowAlignment) * kRowAlignment) /
+      kRowAlignment;
   plan.image_bytes = static_cast<int>(record % 2 == 0 ? record + 1 : record) * kRowAlignment;
-  const int64_t counting = counters + int64_t{kWarpThreads} * plan.image_bytes;      // with its batch of records
-  const int64_t counted = counters + CountVector::bytes(s) + kRowAlignment;          // of all warps
-  const int64_t bases =
-      (int64_t{s.num_experts} + 2 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
+  const int64_t counting = counters + int64_t{kWarpThreads} * plan.image_bytes;  // with its batch of records
+  const int64_t counted = counters + CountVector::bytes(s) + kRowAlignment;      // of all warps
+  const int64_t bases = (int64_t{s.num_experts} + 2 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
   const int64_t least = std::max(counted + counting, bases);
   check_argument(least <= left, "num_experts = ", s.num_experts,
                  " is too many for the counters in a block's shared memory: they take ", least, " of ", left, " bytes");

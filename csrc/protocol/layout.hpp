@@ -36,12 +36,11 @@ enum class Region : int {
   kInputRows,
   kInputScales,
   kCastRows,
-  kRoutes,
+  kRecvRoutes,
   kCombineRows,
   kCombineSide,
   kRecvRows,
   kRecvScales,
-  kRecvRoutes,
   kCount,
 };
 
@@ -88,8 +87,9 @@ void visit_regions(const Shape& s, Visit&& visit) {
         "scales of rows that peers pull (cuda)");
   visit(Region::kCastRows, "cast_rows", Scope::kPerLane, s.row_per_expert() ? int64_t{s.max_tokens} * s.hidden : 0,
         "FP8 rows made from the input, for peers to pull (cuda)");
-  visit(Region::kRoutes, "routes", Scope::kPerLane, s.all_tokens() * RouteRecord::bytes(s),
-        "routing of the rank rows (cuda)");
+  // On GPUs, where rows are per expert, records lie by source and place.
+  visit(Region::kRecvRoutes, "recv_routes", Scope::kPerLane,
+        (s.row_per_expert() ? s.all_tokens() : rank_rows) * RouteRecord::bytes(s), "routing of the rank rows");
   // With one node: the sums of every rank for each of this rank's tokens (cuda).
   const int64_t summed_rows = s.row_per_expert() && nodes == 1 ? locals * int64_t{s.max_tokens} : 0;
   visit(Region::kCombineRows, "combine_rows", Scope::kPerLane, std::max(rank_rows, summed_rows) * s.max_payload_bytes(),
@@ -97,8 +97,6 @@ void visit_regions(const Shape& s, Visit&& visit) {
   visit(Region::kCombineSide, "combine_side", Scope::kPerLane, rank_rows * topk_bytes, "combine side payload");
   visit(Region::kRecvRows, "recv_rows", Scope::kPerSlot, rows * s.max_payload_bytes(), "received rows");
   visit(Region::kRecvScales, "recv_scales", Scope::kPerSlot, rows * s.max_scale_bytes(), "their scales");
-  visit(Region::kRecvRoutes, "recv_routes", Scope::kPerSlot, rank_rows * RouteRecord::bytes(s),
-        "routing of the rank rows (cpu)");
 }
 
 // Offsets of all regions: plain data, passed to kernels by value.

@@ -20,8 +20,8 @@ struct RouteEntry {
 static_assert(sizeof(RouteEntry) == 16 && offsetof(RouteEntry, expert_row) == 12);
 
 // The routing of one rank row, from its source: for each top-k slot of the token the expert (or -1), its weight and,
-// unless rows are per rank, its row; on GPUs its place, to which the receiver adds the base. The same for all ranks that
-// get the token: each looks for its own experts.
+// unless rows are per rank, its row; on GPUs its place, to which the receiver adds the base. The same for all ranks
+// that get the token: each looks for its own experts.
 struct RouteRecord {
   int32_t* experts;
   float* weights;
