@@ -87,7 +87,7 @@ class EmulatorWatch:
 class Ranks:
     """A stream and a meter for each of `devices`, a clock for rank 0. ValueError for a device that is not there.
 
-    With `flush` every GPU writes _FLUSH_BYTES before each iteration: kernels find neither their instructions nor their
+    With `flush`, on GPUs alone, each of them writes _FLUSH_BYTES before each iteration: kernels find neither their instructions nor their
     data in its caches, as among the layers of a model.
     """
 
@@ -105,7 +105,7 @@ class Ranks:
         if on_gpus:
             enable_peer_access(sorted(set(devices)))
         self.places = [torch.device("cuda", device) if on_gpus else torch.device("cpu") for device in devices]
-        flushed = sorted(set(devices)) if flush and on_gpus else []
+        flushed = sorted(set(devices)) if flush else []
         self._flushed = [torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{device}") for device in flushed]
         self.streams: list[Stream] = [self.native.Stream(device) for device in devices]
         windows = self.windows(meter_bytes(len(devices), _LINK_BYTES_PER_PEER[backend]))

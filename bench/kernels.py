@@ -95,6 +95,8 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     """One for each layout and number of tokens. Raises ValueError, naming the option."""
     if options.iters < _LEAST_ITERS:
         raise ValueError(f"iters is {options.iters}; expected {_LEAST_ITERS} or more")
+    if options.flush and options.backend != "cuda":
+        raise ValueError(f"flush is given with backend {options.backend}, which has no caches; expected backend cuda")
     num_ranks = len(options.devices)
     cells = [
         Cell(

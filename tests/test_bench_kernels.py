@@ -80,6 +80,7 @@ def test_rows_of_rank_0(main: Main) -> None:
         ("--num-sms 1 9", "num_sms is 9; expected at most 8 with devices 0,0: the ranks of a device divide its SMs"),
         ("--num-sms 0", "num_sms is 0; expected 1 or more"),
         ("--num-tokens 0", "num_tokens is 0; expected 1 or more"),
+        ("--flush", "flush is given with backend emulated, which has no caches; expected backend cuda"),
         ("--num-topk 9", "num_topk is 9; expected at most num_experts=8"),
         ("--hidden 20", "hidden is 20: a bf16 row has 40 bytes; expected a multiple of 16"),
         ("--iters 7", "iters is 7; expected 8 or more"),

@@ -65,10 +65,14 @@ __device__ inline uint2 cast_piece(const uint4& packed, float factor) {
                     cast_pair<kIsE4M3>(packed.z, factor) | cast_pair<kIsE4M3>(packed.w, factor) << 16);
 }
 
+// Whether a row's next groups are on their way while some are cast: it hides the way from global memory, but takes
+// registers.
+enum class CastLoads : int { kInTurn, kAhead };
+
 // Casts `channels` BF16 values, a multiple of 8. Four lanes have a group, so that its divisions are done four times and
 // not once for every few channels; each takes its pieces in an order that keeps the lanes on different banks of shared
 // memory. `from` and `to` may be the same memory: the warp has read its groups before it writes them.
-template <bool kIsE4M3>
+template <CastLoads kLoads, bool kIsE4M3>
 __device__ void cast_row(const char* from, char* to, char* scales, int channels, ScaleFormat format) {
   constexpr int kStep = kWarpThreads / kGroupLanes * kScaleGroupChannels;
   const int group_idx = lane_idx() / kGroupLanes, lane_of_group = lane_idx() % kGroupLanes;
@@ -77,23 +81,26 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
     const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
     return group + piece * kCastChannels;
   };
-  uint4 next[kLanePieces];
-  const auto load_next = [&] {
+  const auto load = [&](uint4(&pieces)[kLanePieces]) {
 #pragma unroll
     for (int i = 0; i < kLanePieces; ++i) {
-      next[i] = make_uint4(0, 0, 0, 0);
-      if (channel_of(i) < channels) next[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
+      pieces[i] = make_uint4(0, 0, 0, 0);
+      if (channel_of(i) < channels) pieces[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
     }
   };
-  load_next();
-#pragma unroll 1
+  uint4 next[kLanePieces];
+  if constexpr (kLoads == CastLoads::kAhead) load(next);
   for (int first = 0; first < channels; first += kStep) {
     uint4 pieces[kLanePieces];
+    if constexpr (kLoads == CastLoads::kAhead) {
 #pragma unroll
-    for (int i = 0; i < kLanePieces; ++i) pieces[i] = next[i];
-    group += kStep;  // on their way while these are cast
-    load_next();
-    group -= kStep;
+      for (int i = 0; i < kLanePieces; ++i) pieces[i] = next[i];
+      group += kStep;
+      load(next);
+      group -= kStep;
+    } else {
+      load(pieces);
+    }
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < kLanePieces; ++i) {
@@ -119,16 +126,18 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
   }
 }
 
+template <CastLoads kLoads>
 __device__ inline void cast_row(const char* from, char* to, char* scales, int channels, Cast cast, ScaleFormat format) {
   if (cast == Cast::kE4M3) {
-    cast_row<true>(from, to, scales, channels, format);
+    cast_row<kLoads, true>(from, to, scales, channels, format);
   } else {
-    cast_row<false>(from, to, scales, channels, format);
+    cast_row<kLoads, false>(from, to, scales, channels, format);
   }
 }
 
+// Of a row in shared memory.
 __device__ inline void cast_in_place(char* row, char* scales, int channels, Cast cast, ScaleFormat format) {
-  cast_row(row, row, scales, channels, cast, format);
+  cast_row<CastLoads::kInTurn>(row, row, scales, channels, cast, format);
 }
 
 }  // namespace deep_a2a::cuda

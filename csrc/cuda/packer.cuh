@@ -208,7 +208,8 @@ class Packer {
     enter();
     if (rows_left_ == 0) return;
     while (rows_left_ > 0) {
-      cast_row(row_of(token()), out_, out_ + layout_.side_offset, c_.shape.hidden, t_.args.cast, t_.args.scale_format);
+      cast_row<CastLoads::kInTurn>(row_of(token()), out_, out_ + layout_.side_offset, c_.shape.hidden, t_.args.cast,
+                                   t_.args.scale_format);
       if (!t_.cached && lane_idx() < c_.shape.num_topk) {
         reinterpret_cast<RouteEntry*>(out_ + layout_.routes_offset)[lane_idx()] = route();
       }

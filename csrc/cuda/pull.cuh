@@ -47,8 +47,8 @@ __device__ inline void d4_prepare_input(const Context& c, const DispatchTask& t)
   if (t.args.cast != Cast::kNone) {
     for (int token = grid_warp_idx(); token < t.args.num_tokens; token += all_warps()) {
       const auto* from = static_cast<const char*>(t.args.x) + token * t.args.x_pitch;
-      cast_row(from, rows + int64_t{token} * c.shape.hidden, scales + int64_t{token} * pitch, c.shape.hidden,
-               t.args.cast, t.args.scale_format);
+      cast_row<CastLoads::kAhead>(from, rows + int64_t{token} * c.shape.hidden, scales + int64_t{token} * pitch,
+                                  c.shape.hidden, t.args.cast, t.args.scale_format);
     }
   } else if (t.args.scales != nullptr) {
     const auto all = reinterpret_cast<uintptr_t>(t.args.scales) | static_cast<uintptr_t>(t.args.scales_pitch) |
