@@ -87,8 +87,8 @@ class EmulatorWatch:
 class Ranks:
     """A stream and a meter for each of `devices`, a clock for rank 0. ValueError for a device that is not there.
 
-    With `flush`, on GPUs alone, each of them writes _FLUSH_BYTES before each iteration: kernels find neither their instructions nor their
-    data in its caches, as among the layers of a model.
+    With `flush`, on GPUs alone, each of them writes _FLUSH_BYTES before each iteration: kernels find neither their
+    instructions nor their data in its caches, as among the layers of a model.
     """
 
     def __init__(self, backend: Backend, devices: Sequence[int], flush: bool = False) -> None:
