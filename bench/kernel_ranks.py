@@ -129,7 +129,7 @@ class Ranks:
     def measure(self, operation: OfRank, num_iters: int, after: OfRank = lambda rank: None) -> float:
         """Median microseconds that `operation` takes on rank 0, from the common release of all streams.
 
-        Only rank 0 is timed: events on streams that share a GPU would let their kernels begin some 2 us after each
+        Only rank 0 is timed: events on streams that share a GPU would let their kernels begin up to 6 us after each
         other, and rank 0 would wait for them. `after` follows the operation and is not timed.
         """
         self.together(operation)  # once while nothing is held: what still has to be loaded may wait for all kernels

@@ -142,7 +142,7 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
         const int below = __shfl_up_sync(kFullWarp, inclusive, step);
         if (lane_idx() >= step) inclusive += below;
       }
-      if (local < experts && c.per_expert) {
+      if (local < experts) {
         const int32_t offset = static_cast<int32_t>(start) + inclusive - rows;
         const int node_expert = expert - c.sizes.node_first_expert;
 #pragma unroll 1
@@ -157,7 +157,7 @@ __device__ inline void start_groups(const Context& c, const BasesArena& arena) {
   }
 }
 
-// Agreement: whether some rank would receive more than there is room for. With what sum_counts finds this is what
+// Agreement: whether some rank would receive more than there is room for. With what d3_objects finds this is what
 // deep_a2a::agree decides on the host: the same answer from the same counts.
 __device__ inline bool d3_overflows(const Context& c, const BasesArena& arena) {
   bool overflow = false;
@@ -221,8 +221,8 @@ __device__ inline void report_refusal(const Context& c) {
   if (threadIdx.x == 0) ptx::st_release_sys(&report.told, ++c.control.refusals);
 }
 
-// All of D3. Sets shared.refused. Afterwards only the first arrays of the arena may be looked at. False in all threads
-// where the kernel has to be left, as it has where one is not `ok` before.
+// All of D3. Sets shared.refused, the numbers of rows and rank_bases. Afterwards only the first arrays of the arena may
+// be looked at. False in all threads where the kernel has to be left, as it has where one is not `ok` before.
 __device__ inline bool d3_bases(const Context& c, const DispatchTask& t, const BasesArena& arena, bool ok) {
   const bool objection = d3_objects(c, ok);
   ok = sum_counts(c, arena) && ok;

@@ -76,10 +76,10 @@ template <CastLoads kLoads, bool kIsE4M3>
 __device__ void cast_row(const char* from, char* to, char* scales, int channels, ScaleFormat format) {
   constexpr int kStep = kWarpThreads / kGroupLanes * kScaleGroupChannels;
   const int group_idx = lane_idx() / kGroupLanes, lane_of_group = lane_idx() % kGroupLanes;
-  int group = group_idx * kScaleGroupChannels;
+  int group_channel = group_idx * kScaleGroupChannels;
   const auto channel_of = [&](int i) {
     const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
-    return group + piece * kCastChannels;
+    return group_channel + piece * kCastChannels;
   };
   const auto load = [&](uint4(&pieces)[kLanePieces]) {
 #pragma unroll
@@ -95,9 +95,9 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
     if constexpr (kLoads == CastLoads::kAhead) {
 #pragma unroll
       for (int i = 0; i < kLanePieces; ++i) pieces[i] = next[i];
-      group += kStep;
+      group_channel += kStep;
       load(next);
-      group -= kStep;
+      group_channel -= kStep;
     } else {
       load(pieces);
     }
@@ -119,10 +119,10 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
       if (channel_of(i) >= channels) continue;
       *reinterpret_cast<uint2*>(to + channel_of(i)) = cast_piece<kIsE4M3>(pieces[i], scaled.factor);
     }
-    if (lane_of_group == 0 && group < channels) {
-      write_scale(scales, group / kScaleGroupChannels, scaled.scale, format);
+    if (lane_of_group == 0 && group_channel < channels) {
+      write_scale(scales, group_channel / kScaleGroupChannels, scaled.scale, format);
     }
-    group += kStep;
+    group_channel += kStep;
   }
 }
 

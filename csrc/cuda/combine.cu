@@ -19,7 +19,7 @@ __device__ bool c0_c1_ready(const Context& c, const CombineTask& t, bool sums, O
   if (t.args.with_side) c1_side(c, t);
   if (sums) own_rows();
   if (sums || t.args.with_side ? last_block(c, c.control.grid.readied) : blockIdx.x == 0) {
-    signal_node(c, Region::kReadyFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
+    signal_node(c, Region::kReadyFlag);
   }
   return true;
 }

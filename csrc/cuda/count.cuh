@@ -5,7 +5,7 @@
 
 namespace deep_a2a::cuda {
 
-// D1, first pass: what this block's tokens want, into the scratch.
+// D1, first pass: what the tokens that this block counts want; where blocks share them, into the scratch, too.
 __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, const CountArena& arena) {
   constexpr int kTogether = 8;
 #pragma unroll 1
@@ -41,7 +41,7 @@ __device__ inline void d1_count_block(const Context& c, const DispatchTask& t, c
   if (threadIdx.x == 0) grid_arrive(c.control.grid.counted);
 }
 
-// D1, second pass: each row's place among all rows of this source, and D4 of their records.
+// D1, second pass: each row's place among all rows of this source; where rows are per expert, D4 of their records.
 __device__ inline void d1_place(const Context& c, const DispatchTask& t, const CountArena& arena) {
   TokenWalk<Pass::kPlace>(c, t, arena).run();
   __syncthreads();

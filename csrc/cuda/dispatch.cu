@@ -89,7 +89,7 @@ __device__ bool send_to_nodes(const Context& c, const DispatchTask& t) {
   return true;
 }
 
-// D1 and D2, D0 in between. False where the kernel has to be left.
+// D1 and D2, D0 in between; where rows are per expert, D4 of their records. False where the kernel has to be left.
 __device__ bool count_rows(const Context& c, const DispatchTask& t) {
   const CountArena arena(c, t.plan);
   d1_count_block(c, t, arena);
@@ -114,13 +114,7 @@ __device__ bool reuse_counts(const Context& c, const DispatchTask& t) {
   return true;
 }
 
-// A lane for each rank of the node: this rank's route records are there, and where peers pull, its input.
-__device__ void d4_tell_routes(const Context& c) {
-  if (lane_idx() >= c.num_locals()) return;
-  signal(c.team, c.word(lane_idx(), Region::kRoutesFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
-}
-
-// D4, where peers pull, before D3; told by a warp that has little to do there.
+// D4, where peers pull; told by the last warp but one, since the last one waits for other blocks.
 __device__ void d4_offer_rows(const Context& c, const DispatchTask& t) {
   d4_prepare_input(c, t);
   __syncthreads();
@@ -128,10 +122,10 @@ __device__ void d4_offer_rows(const Context& c, const DispatchTask& t) {
   const bool is_last = lane_idx() == 0 && grid_arrive(c.control.grid.recorded) == gridDim.x - 1;
   const bool tells = __any_sync(kFullWarp, is_last) != 0;
   __syncwarp();
-  if (tells) d4_tell_routes(c);
+  if (tells) warp_signals_node(c, Region::kRoutesFlag);
 }
 
-// What comes before D3, which needs none of it.
+// D0 to D2, and what of D4 needs no base.
 __device__ Course begin_sending(const Context& c, const DispatchTask& t) {
   if (!(t.cached ? reuse_counts(c, t) : count_rows(c, t))) return Course::kAborted;
   Stages(c, t.plan).begin();
@@ -154,9 +148,9 @@ __device__ bool plan_rows(const Context& c, const DispatchTask& t) {
   return true;
 }
 
-// With one node and rows by rank there is nothing to do on arrival: the routing has been kept while rows were on their
-// way, and one block is enough to wait for the rows.
-__device__ bool arrives_early(const Context& c, const DispatchTask& t) {
+// One launch, one node, rows by rank: there is nothing to do on arrival, as the routing has been kept while rows were
+// on their way, and one block is enough to wait for the rows.
+__device__ bool leaves_early(const Context& c, const DispatchTask& t) {
   return t.half == Half::kBoth && num_streams(c) == 0 && !c.per_expert;
 }
 
@@ -165,16 +159,13 @@ __device__ bool arrives_early(const Context& c, const DispatchTask& t) {
 __device__ bool send_and_keep_routing(const Context& c, const DispatchTask& t) {
   const int first_warp = t.plan.move_warps;
   d4_send_records(c, t, first_warp);
-  if (last_warp(c.shared.recorded, num_warps() - first_warp, c.control.grid.recorded)) d4_tell_routes(c);
-  if (!arrives_early(c, t)) return true;
+  if (last_warp(c.shared.recorded, num_warps() - first_warp, c.control.grid.recorded)) {
+    warp_signals_node(c, Region::kRoutesFlag);
+  }
+  if (!leaves_early(c, t)) return true;
   if (!warp_waits_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return false;
   d6_keep_routing(c, t, first_warp);
   return true;
-}
-
-// One thread for each rank of the node: all rows that this rank pushes are there.
-__device__ void d4_tell_sent(const Context& c, int local) {
-  signal(c.team, c.word(local, Region::kSentFlag, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
 }
 
 // D4 to the own node, where rows are pushed.
@@ -187,14 +178,14 @@ __device__ Course push_rows(const Context& c, const DispatchTask& t) {
   }
   if (num_streams(c) > 0) {  // warps that push nothing begin to relay
     if (warp_idx() < t.plan.push_warps && last_warp(c.shared.pushed, t.plan.push_warps, c.control.grid.sent)) {
-      if (lane_idx() < c.num_locals()) d4_tell_sent(c, lane_idx());
+      warp_signals_node(c, Region::kSentFlag);
     }
     return Course::kGoOn;
   }
   if (!all_of_block(ok)) return Course::kAborted;
   const bool last = last_block(c, c.control.grid.sent);
-  if (last && threadIdx.x < static_cast<unsigned>(c.num_locals())) d4_tell_sent(c, static_cast<int>(threadIdx.x));
-  return last || !arrives_early(c, t) ? Course::kGoOn : Course::kDone;
+  if (last) signal_node(c, Region::kSentFlag);
+  return last || !leaves_early(c, t) ? Course::kGoOn : Course::kDone;
 }
 
 __device__ Course send_rows(const Context& c, const DispatchTask& t) {
@@ -210,7 +201,7 @@ __device__ bool receive_from_nodes(const Context& c, Beside&& beside) {
   beside();
   if (!all_of_block(call_d5_relay())) return false;
   if (last_block(c, c.control.grid.relayed)) {
-    signal_node(c, Region::kRelayedFlag, c.local_rank(), Tag::word(c.epoch, c.tag));
+    signal_node(c, Region::kRelayedFlag);
   }
   return wait_node_tagged(c, Region::kRelayedFlag, Step::kD6Relayed);
 }
@@ -228,7 +219,7 @@ __device__ Course receive_half(const Context& c, const DispatchTask& t) {
     if (relays && !pulls && !receive_from_nodes(c, [] {})) return Course::kAborted;
   }
   if (!pulls && !wait_node_tagged(c, Region::kSentFlag, Step::kD6Sent)) return Course::kAborted;
-  if (arrives_early(c, t)) return Course::kGoOn;
+  if (leaves_early(c, t)) return Course::kGoOn;
   if (!wait_node_tagged(c, Region::kRoutesFlag, Step::kD6Routes)) return Course::kAborted;
   if (pulls && !relays) d6_pull(c, t);
   if constexpr (kHasNetwork) {
@@ -255,7 +246,7 @@ __device__ __forceinline__ void dispatch(const Team& team, const DispatchTask& t
   if (course == Course::kGoOn && !t.cached && !plan_rows(c, t)) course = Course::kAborted;
   if (course == Course::kGoOn && t.half != Half::kReceive) course = send_rows(c, t);
   if (course == Course::kDone) return;
-  const bool is_last = course == Course::kGoOn && arrives_early(c, t);
+  const bool is_last = course == Course::kGoOn && leaves_early(c, t);
   if (is_last) settle(c, t, course);
   if (course == Course::kGoOn && t.half != Half::kSend) course = receive_half(c, t);
   if (course != Course::kAborted && (is_last || last_block(c, c.control.grid.left))) {

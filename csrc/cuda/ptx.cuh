@@ -51,14 +51,6 @@ __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* word) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
-__device__ __forceinline__ uint32_t ld_relaxed_gpu(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-__device__ __forceinline__ void st_relaxed_gpu(uint32_t* word, uint32_t value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
 __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* word, uint32_t value) {
   uint32_t old;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(value) : "memory");

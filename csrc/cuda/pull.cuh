@@ -9,7 +9,7 @@
 namespace deep_a2a::cuda {
 
 // Before it is pulled, input lies in the source's window: rows in `input_rows`, or in `cast_rows` when cast by the
-// source, scales in `input_scales` at whole 16 bytes.
+// source, a row's scales in `input_scales` at multiples of 128 bytes.
 __device__ inline Region pulled_region(const DispatchTask& t) {
   return t.args.cast == Cast::kNone ? Region::kInputRows : Region::kCastRows;
 }

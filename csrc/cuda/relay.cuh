@@ -39,7 +39,7 @@ class Relay {
         last_piece_(ceil_div(t.args.format.payload_bytes, t.plan.chunk_bytes) - 1),
         window_(c.team.windows[min(lane_idx(), c.num_locals() - 1)]) {}
 
-  // How many rows a round of a stream has; negative where the kernel has to be left. One lane.
+  // How many rows a round of a stream has; negative where the kernel has to be left. Lanes ask, each for itself.
   __device__ int round_rows(int stream, int round) const {
     const int rounds = c_.sizes.num_rounds;
     int32_t& kept = t_.relay.round_rows[stream * rounds + round];
@@ -300,7 +300,8 @@ __device__ bool relay_rounds(const Context& c, Relay& relay, SendTurn&& send_tur
 template <class SendTurn>
 __device__ bool d5_relay(const Context& c, const DispatchTask& t, SendTurn&& send_turn) {
   if (warp_idx() >= t.plan.move_warps) return true;
-  ptx::fence_proxy_async_shared();  // scales in its stages, which bulk loads overwrite where the scales of a row come
+  ptx::fence_proxy_async_shared();  // scales in its stages, accessed by ordinary loads and stores; bulk loads overwrite
+                                    // them
   __syncwarp();
   Relay relay(c, t, BasesArena(c, t.plan));
   const bool ok = c.sizes.num_rounds > kStagedRounds ? relay_rounds(c, relay, send_turn) : relay_all(c, relay);

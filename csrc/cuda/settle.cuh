@@ -37,7 +37,7 @@ __device__ inline bool finish(const Context& c, const DispatchTask& t, Course co
 }
 
 // Of a dispatch that brought nothing: counts zero, and no expert in any slot. With such a handle combine gives zeros,
-// and waits for nobody.
+// and waits for no rows.
 __device__ inline void clear_result(const Context& c, const DispatchTask& t) {
   const auto clear = [&](const ReceivedArrays& arrays) {
     for (int64_t i = threadIdx.x; i < ReceivedCounts::words(c.shape); i += blockDim.x) arrays.counts[i] = 0;

@@ -216,11 +216,15 @@ __device__ inline void release_slot(const Team& team, int slot) {
   signal(team, words + int64_t{slot} * topology.ranks_per_node + team.sizes.local_rank, releases);
 }
 
-// Sets a word of this rank at every rank of the node; one thread for each.
-__device__ inline void signal_node(const Context& c, Region region, int64_t idx, uint64_t value) {
-  const int local = static_cast<int>(threadIdx.x);
-  if (local < c.num_locals()) signal(c.team, c.word(local, region, c.lane, idx), value);
+// Sets the tagged word of this rank at every rank of the node: one thread of the block for each, or one lane of a warp.
+__device__ inline void signal_rank(const Context& c, Region region, int local) {
+  if (local >= c.num_locals()) return;
+  signal(c.team, c.word(local, region, c.lane, c.local_rank()), Tag::word(c.epoch, c.tag));
 }
+__device__ inline void signal_node(const Context& c, Region region) {
+  signal_rank(c, region, static_cast<int>(threadIdx.x));
+}
+__device__ inline void warp_signals_node(const Context& c, Region region) { signal_rank(c, region, lane_idx()); }
 
 // All threads: the tagged word of every rank of the node, or false in all of them. Whoever issues bulk loads of what
 // the words stand for has to fence the proxies first.
@@ -240,8 +244,8 @@ __device__ inline bool warp_waits_tagged(const Context& c, Region region, Step s
   return all;
 }
 
-// C5, D6 pull: all threads of the last block. The ranks of the node have given their lanes' credit, too: they have read
-// this rank's rows.
+// C5, and the end of a dispatch whose rows are pulled: all threads of the last block. The ranks of the node have given
+// their lanes' credit, too: they have read this rank's rows.
 __device__ inline bool wait_rows_read(const Context& c, Step step) {
   const int local = static_cast<int>(threadIdx.x), peer = c.neighbour(local);
   const uint64_t* word = c.own_word(Region::kLaneCredit, lane_credit_idx(c, c.epoch, peer));

@@ -35,7 +35,7 @@ struct GridCounters {
   uint32_t left;
   uint32_t parts[kMaxReadyParts];
   uint32_t rounds[kMaxRounds];
-  uint32_t moved_rows;     // that warps have taken, of D4 on the own node or of D6 pull
+  uint32_t moved_rows;     // that warps have taken, of D4 on the own node, of D6 pull, or of C1b and C2
   uint32_t packed_chunks;  // tasks that warps have taken, of D4 to other nodes before D3
   uint32_t moved_chunks;   // and of D5 with what D4 is left
 };

@@ -83,7 +83,7 @@ class TokenWalk {
   static constexpr int kTogether = 8;     // entries of a lane, to wait for them together
   static constexpr int kOutOfRange = -2;  // beside experts and -1
 
-  // Of a token; its experts are there from the first pass on.
+  // Of a token of the batch: its experts, and behind them, in the second pass, the rest of its record.
   __device__ int32_t* image(int token) const {
     return reinterpret_cast<int32_t*>(images_ + token * t_.plan.image_bytes);
   }
@@ -153,7 +153,7 @@ class TokenWalk {
       if (kPlaces) {
         const int32_t place = __shfl_sync(kFullWarp, count, local) + __popc(lanes & lanes_below());
         if (exists) keep_place(token, node, local, here ? place : -1);
-        if (c_.per_expert && (!kHasNetwork || node == c_.own_node())) d4_send_records(local, here ? place : -1);
+        if (c_.per_expert && (!kHasNetwork || node == c_.own_node())) d4_send_batch(local, here ? place : -1);
       }
       if (lane_idx() == local) count += __popc(lanes);
     }
@@ -235,7 +235,7 @@ class TokenWalk {
 
   // D4: the records of the batch, each by as many lanes as it has pieces, to a rank of the node where the lane's token
   // has that `place`, or -1. Where every block knows all places each sends some of them.
-  __device__ void d4_send_records(int local, int32_t place) const {
+  __device__ void d4_send_batch(int local, int32_t place) const {
     const auto turn = static_cast<unsigned>(warp_idx() * c_.num_locals() + local);
     if (t_.plan.counting == Counting::kAlone && turn % gridDim.x != blockIdx.x) return;
     const int offset = (lane_idx() - token_of_lane_ * pieces_) * kRowAlignment;

@@ -21,7 +21,7 @@ constexpr int kFewestSumStages = 8;
 constexpr int kRowsOfPart = 4;  // of a warp
 // A cast makes its scales in whole 16 bytes for every chunk: 16 groups of UE8M0, one byte each.
 constexpr int kCastChunkChannels = 16 * kScaleGroupChannels;
-constexpr int kFewTokens = 512;  // for a block to count all by itself: two rounds of its warps
+constexpr int kFewTokens = 512;  // for a block to count all by itself: 32 for each of its warps
 constexpr int kDefaultSms = 12;
 
 int aligned(int64_t bytes, int alignment = kStageAlignment) {

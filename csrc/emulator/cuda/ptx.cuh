@@ -24,10 +24,6 @@ inline uint32_t ld_acquire_gpu(const uint32_t* word) {
   emulator::yield_outside();
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
-inline uint32_t ld_relaxed_gpu(const uint32_t* word) {
-  emulator::yield_outside();
-  return __atomic_load_n(word, __ATOMIC_RELAXED);
-}
 inline uint64_t ld_relaxed_sys(const uint64_t* word) {
   emulator::yield_outside();
   return emulator::load_relaxed(word);
@@ -43,10 +39,6 @@ inline void st_relaxed_sys(uint64_t* word, uint64_t value) {
 inline void st_release_sys(uint64_t* word, uint64_t value) {
   emulator::maybe_preempt();
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
-}
-inline void st_relaxed_gpu(uint32_t* word, uint32_t value) {
-  emulator::maybe_preempt();
-  __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 inline uint32_t atom_add_acq_rel_gpu(uint32_t* word, uint32_t value) {
   emulator::maybe_preempt();

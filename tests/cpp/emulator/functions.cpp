@@ -48,7 +48,7 @@ __global__ void words_and_time(uint64_t* words, float* number, int32_t* whole, u
   words[1] = ptx::ld_acquire_sys(words) + ptx::ld_relaxed_sys(words);
   number[1] = ptx::ld_relaxed_sys(number);
   whole[1] = ptx::ld_relaxed_sys(whole);
-  ptx::st_relaxed_gpu(half, 7);
+  *half = 7;
   half[1] = ptx::ld_acquire_gpu(half) + ptx::atom_exch_acq_rel_gpu(half, 9) + ptx::atom_add_acq_rel_gpu(half, 1);
   half[2] = ptx::shared_address(ptx::dynamic_shared() + 16) - ptx::shared_address(ptx::dynamic_shared());
   ptx::fence_acq_rel_sys();
