@@ -83,9 +83,11 @@ class Puller {
         bases_(c, t.plan),
         rows_(c.own(Region::kRecvRows, t.args.slot)),
         scales_(c.own(Region::kRecvScales, t.args.slot)) {
-    const int lane = min(lane_idx(), c.num_locals() - 1);
-    rows_from_ = t.cached ? find_in_handle(lane) : find_in_arena(lane);
-    if (lane_idx() >= c.num_locals()) rows_from_ = 0;
+    if (t.cached) {
+      find_in_handle();
+    } else if (lane_idx() < c.num_locals()) {
+      find_in_arena();
+    }
   }
 
   // Items go round the sources of the node, starting behind the own rank, so that all links are busy at once.
@@ -99,17 +101,23 @@ class Puller {
   }
 
  private:
-  // Rank rows of the lane's source, a rank of the node, and the first of them.
-  __device__ int32_t find_in_arena(int local) {
-    const int source = c_.neighbour(local);
+  // The rank rows of the lane's source: rows are grouped by source.
+  __device__ void find_in_arena() {
+    const int source = c_.neighbour(lane_idx());
     start_of_ = bases_.source_starts[source];
-    return bases_.source_starts[source + 1] - start_of_;
+    rows_from_ = bases_.source_starts[source + 1] - start_of_;
   }
-  __device__ int32_t find_in_handle(int local) {
-    start_of_ = 0;
-#pragma unroll 4
-    for (int rank = 0; rank < c_.neighbour(local); ++rank) start_of_ += counts_.rows_per_rank[rank];
-    return counts_.rows_per_rank[c_.neighbour(local)];
+  __device__ void find_in_handle() {
+    int32_t before_node = 0;  // rank rows from nodes before the own one
+    for (int rank = lane_idx(); rank < c_.neighbour(0); rank += kWarpThreads)
+      before_node += counts_.rows_per_rank[rank];
+    rows_from_ = lane_idx() < c_.num_locals() ? counts_.rows_per_rank[c_.neighbour(lane_idx())] : 0;
+    int32_t rows = rows_from_;
+    for (int step = 1; step < kWarpThreads; step *= 2) {
+      const int32_t below = __shfl_up_sync(kFullWarp, rows, step);
+      if (lane_idx() >= step) rows += below;
+    }
+    start_of_ = rows - rows_from_ + __reduce_add_sync(kFullWarp, before_node);
   }
 
   __device__ PullItem fetch(int row, int end) const {
@@ -203,8 +211,8 @@ class Puller {
   const BasesArena bases_;
   char* rows_;
   char* scales_;
-  int32_t start_of_;   // the first rank row that comes from the lane's source, a rank of the node
-  int32_t rows_from_;  // and how many do
+  int32_t start_of_ = 0;   // the first rank row that comes from the lane's source, a rank of the node
+  int32_t rows_from_ = 0;  // and how many do
 };
 
 }  // namespace deep_a2a::cuda

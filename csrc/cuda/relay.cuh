@@ -300,8 +300,8 @@ __device__ bool relay_rounds(const Context& c, Relay& relay, SendTurn&& send_tur
 template <class SendTurn>
 __device__ bool d5_relay(const Context& c, const DispatchTask& t, SendTurn&& send_turn) {
   if (warp_idx() >= t.plan.move_warps) return true;
-  ptx::fence_proxy_async_shared();  // scales in its stages, accessed by ordinary loads and stores; bulk loads overwrite
-                                    // them
+  // Scales in the warp's stages, if it has pushed or pulled: it has accessed them by ordinary loads and stores.
+  ptx::fence_proxy_async_shared();
   __syncwarp();
   Relay relay(c, t, BasesArena(c, t.plan));
   const bool ok = c.sizes.num_rounds > kStagedRounds ? relay_rounds(c, relay, send_turn) : relay_all(c, relay);

@@ -82,7 +82,7 @@ template <int kWidth>
 struct alignas(4 * kWidth) KeptRoutes {
   int32_t experts[kWidth];
   float weights[kWidth];
-  int32_t rows[kWidth];  // as they came, places
+  int32_t rows[kWidth];  // as they came, which may be places, then final
   int source = 0;
 };
 
