@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from kernel_ranks import Ranks
+from sm_partitions import PartitionStream
 
 from deep_a2a._cpu import Cast, ScaleFormat
 from deep_a2a.benchmark.cell import Cell
@@ -110,7 +111,12 @@ class Kernels:
     @property
     def most_sms(self) -> int:
         """Of each rank, so that those on one device can run side by side."""
-        return min(engine.num_sms for engine in self._engines) // max(Counter(self._ranks.devices).values())
+        shares = Counter(self._ranks.devices)
+        ranks = zip(self._ranks.devices, self._ranks.streams, self._engines, strict=True)
+        return min(
+            stream.num_sms if isinstance(stream, PartitionStream) else engine.num_sms // shares[device]
+            for device, stream, engine in ranks
+        )
 
     def route(self, dtype: Dtype, num_sms: int) -> None:
         """A dispatch that counts: what cached dispatches and combines go by from here on."""

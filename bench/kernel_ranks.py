@@ -1,7 +1,7 @@
 """Several ranks in one process, each on a GPU of its choice: streams, gate and clocks.
 
 Kernels of one process run side by side on a GPU, those of several processes take turns. So ranks that share a GPU
-divide its SMs here, and a rank that has one to itself sees what it would see if all had.
+divide its SMs here, each with a part of its own, and a rank that has one to itself sees what it would see if all had.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import itertools
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from cuda_driver import call, ordinal_of
+from sm_partitions import PartitionStream, partition_streams
 
 from deep_a2a.benchmark.link import Direction, Link, LinkSpeed, meter_bytes, whole_pieces
 from deep_a2a.benchmark.place import Place
@@ -47,30 +50,20 @@ def prepare_environment() -> None:
 
 def enable_peer_access(devices: Sequence[int]) -> None:
     """Lets kernels on each of `devices` reach the memory of the others. RuntimeError where the driver refuses."""
-    driver = ctypes.CDLL("libcuda.so.1")
     contexts = {}
     for device in devices:
         torch.cuda.synchronize(device)  # initialises CUDA
-        ordinal, contexts[device] = ctypes.c_int(), ctypes.c_void_p()
-        _check(driver.cuDeviceGet(ctypes.byref(ordinal), device), f"cuDeviceGet of device {device}")
-        retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(contexts[device]), ordinal)
-        _check(retained, f"cuDevicePrimaryCtxRetain of device {device}")
+        contexts[device] = ctypes.c_void_p()
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(contexts[device]), ordinal_of(device))
     for device, peer in itertools.permutations(devices, 2):
-        _check(driver.cuCtxSetCurrent(contexts[device]), f"cuCtxSetCurrent of device {device}")
-        code = driver.cuCtxEnablePeerAccess(contexts[peer], 0)
-        if code != _PEER_ACCESS_ALREADY_ENABLED:
-            _check(code, f"cuCtxEnablePeerAccess of device {device} to device {peer}")
-
-
-def _check(code: int, call: str) -> None:
-    if code != 0:
-        raise RuntimeError(f"{call} failed with error {code} of the CUDA driver")
+        call("cuCtxSetCurrent", contexts[device])
+        call("cuCtxEnablePeerAccess", contexts[peer], 0, accept=[_PEER_ACCESS_ALREADY_ENABLED])
 
 
 class EmulatorWatch:
     """The host's clock on a stream of the emulator, in the place of a GpuStopwatch."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream | PartitionStream) -> None:
         self._stream, self._start_ns = stream, 0
 
     def start(self) -> None:
@@ -107,13 +100,22 @@ class Ranks:
         self.places = [torch.device("cuda", device) if on_gpus else torch.device("cpu") for device in devices]
         flushed = sorted(set(devices)) if flush else []
         self._flushed = [torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{device}") for device in flushed]
-        self.streams: list[Stream] = [self.native.Stream(device) for device in devices]
+        self.streams = self._make_streams()
         windows = self.windows(meter_bytes(len(devices), _LINK_BYTES_PER_PEER[backend]))
         self._meters: list[Meter] = [
             self.native.Meter(rank=rank, device=device, windows=windows, timeout_s=self.timeout_s)
             for rank, device in enumerate(devices)
         ]
         self._watch = GpuStopwatch(self.places[0]) if on_gpus else EmulatorWatch(self.streams[0])
+
+    def _make_streams(self) -> list[Stream | PartitionStream]:
+        """Of a rank that shares a GPU: on an own part of its SMs."""
+        parts = {
+            device: iter(partition_streams(device, count))
+            for device, count in Counter(self.devices).items()
+            if count > 1 and self.backend == "cuda"
+        }
+        return [next(parts[device]) if device in parts else self.native.Stream(device) for device in self.devices]
 
     def windows(self, nbytes: int) -> list[Window]:
         """One for each rank; in one process an address is good on all GPUs."""

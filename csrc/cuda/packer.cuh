@@ -139,7 +139,10 @@ class Packer {
     const int from = token(), bytes = piece_bytes(piece_);
     char* side = side_of(stage, piece_);
     if (is_last(piece_)) {
-      if (t_.args.scales != nullptr && !copies_scales_) copy_bytes(side, scales_of(from), t_.args.format.scale_bytes);
+      if (t_.args.scales != nullptr && !copies_scales_) {
+        load_bytes(side, scales_of(from), t_.args.format.scale_bytes);
+        ptx::async_wait();
+      }
       if (!t_.cached && lane_idx() < c_.shape.num_topk) {
         reinterpret_cast<RouteEntry*>(side + scale_bytes(piece_))[lane_idx()] = route();
       }

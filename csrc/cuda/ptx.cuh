@@ -143,6 +143,21 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A few bytes, 4 or 16 at a multiple of as many, to shared memory; not in the proxy of bulk copies.
+template <int kBytes>
+__device__ __forceinline__ void async_load(void* to_shared, const void* from_global) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from_global)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to_shared)), "l"(from_global)
+                 : "memory");
+  }
+}
+// Until all async loads of this thread are complete: visible to this thread.
+__device__ __forceinline__ void async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Casts of two values at once, `low` in the low bits: nearest even, NaN canonical; FP8 saturates.
 __device__ __forceinline__ uint32_t float2_to_bf16x2(float low, float high) {
   uint32_t packed;

@@ -68,7 +68,7 @@ class Pusher {
   __device__ void copy_scales(int token, int stage) const {
     if (t_.args.scales == nullptr) return;
     const char* from = static_cast<const char*>(t_.args.scales) + token * t_.args.scales_pitch;
-    copy_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);
+    load_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);
   }
 
   __device__ void store(int chunk, int stage) {
@@ -94,6 +94,9 @@ class Pusher {
 
   // A row's, to all its ranks.
   __device__ void store_scales(int stage, int scales, int scales_offset) const {
+    if (scales == 0) return;
+    ptx::async_wait();
+    __syncwarp();
     const int64_t first = c_.team.layout.offset(Region::kRecvScales, t_.args.slot) + scales_offset;
     for (int offset = lane_idx() * 16; offset < scales; offset += kWarpThreads * 16) {
       const uint4 value = *reinterpret_cast<const uint4*>(stages_.scales(stage) + offset);

@@ -145,12 +145,14 @@ __device__ void move_rows(const Stages& stages, RowTasks& tasks, Fetch&& fetch, 
       });
 }
 
-// A few bytes, by a warp; 4 at a time where the source allows it.
-__device__ inline void copy_bytes(char* to, const char* from, int bytes) {
-  if (bytes % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
-    for (int i = lane_idx() * 4; i < bytes; i += kWarpThreads * 4) {
-      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
-    }
+// A few bytes to shared memory, by a warp, whose lanes have them after an async_wait() each; 16 or 4 at a time where
+// the source allows it.
+__device__ inline void load_bytes(char* to, const char* from, int bytes) {
+  const auto alignment = reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
+  if (alignment % 16 == 0) {
+    for (int i = lane_idx() * 16; i < bytes; i += kWarpThreads * 16) ptx::async_load<16>(to + i, from + i);
+  } else if (alignment % 4 == 0) {
+    for (int i = lane_idx() * 4; i < bytes; i += kWarpThreads * 4) ptx::async_load<4>(to + i, from + i);
   } else {
     for (int i = lane_idx(); i < bytes; i += kWarpThreads) to[i] = from[i];
   }

@@ -1,5 +1,7 @@
 #include "emulator/device_memory.hpp"
 
+#include <cstring>
+
 #include "common/check.hpp"
 #include "emulator/control.hpp"
 #include "emulator/launch.hpp"
@@ -93,6 +95,27 @@ void bulk_wait(int num_pending) {
   Launch& launch = Launch::current();
   while (!launch.copies().are_complete(Launch::self(), num_pending)) launch.poll(Poll::kLocal);
   launch.note_progress();
+}
+
+void async_load(void* to_shared, const void* from_global, uint32_t bytes) {
+  Launch::current().preempt();
+  Thread& self = Launch::self();
+  if (!self.block->shared().contains(to_shared, bytes)) {
+    throw KernelError(text("async_load: ", bytes, " bytes at ", to_shared, ", which is not in the shared memory of ",
+                           self.block->where()));
+  }
+  if ((reinterpret_cast<uintptr_t>(to_shared) | reinterpret_cast<uintptr_t>(from_global)) % bytes != 0) {
+    throw KernelError(
+        text("async_load: addresses are ", to_shared, " and ", from_global, ", expected multiples of ", bytes));
+  }
+  self.async_loads.push_back({to_shared, from_global, bytes});
+}
+
+void async_wait() {
+  Launch::current().preempt();
+  Thread& self = Launch::self();
+  for (const AsyncLoad& load : self.async_loads) memcpy(load.to, load.from, load.bytes);
+  self.async_loads.clear();
 }
 
 void sync_named(int barrier_idx, unsigned num_threads) {

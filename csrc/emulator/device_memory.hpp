@@ -32,6 +32,10 @@ void bulk_commit();
 void bulk_wait_read(int num_pending);
 void bulk_wait(int num_pending);
 
+// Nothing is there before the wait.
+void async_load(void* to_shared, const void* from_global, uint32_t bytes);
+void async_wait();
+
 void sync_named(int barrier_idx, unsigned num_threads);
 uint64_t global_timer();
 

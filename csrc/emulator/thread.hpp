@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <list>
+#include <vector>
 
 #include "emulator/context.hpp"
 #include "emulator/device_types.hpp"
@@ -30,6 +31,13 @@ struct BulkGroups {
   uint64_t last_used = 0;   // number of the last group with copies
 };
 
+// A few bytes on their way to shared memory.
+struct AsyncLoad {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+
 struct Thread {
   Context context;
   char* stack = nullptr;
@@ -42,6 +50,7 @@ struct Thread {
   const char* waits_for = nullptr;  // while blocked
   uint64_t result = 0;              // of a collective operation that others have completed
   BulkGroups stores;
+  std::vector<AsyncLoad> async_loads;
   const void* last_loaded = nullptr;  // by a relaxed load
 };
 

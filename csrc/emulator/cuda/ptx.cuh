@@ -82,6 +82,13 @@ void bulk_wait() {
   emulator::bulk_wait(kPending);
 }
 
+template <int kBytes>
+void async_load(void* to_shared, const void* from_global) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  emulator::async_load(to_shared, from_global, kBytes);
+}
+inline void async_wait() { emulator::async_wait(); }
+
 inline void named_barrier(int id, unsigned threads) { emulator::sync_named(id, threads); }
 
 inline uint32_t float2_to_bf16x2(float low, float high) {

@@ -129,6 +129,10 @@ const Case kCases[] = {
        ptx::bulk_wait_read<0>();
      },
      "exits with bulk stores whose bulk_wait has not come"},
+    {[](const Place& p) { ptx::async_load<16>(p.shared, p.global + 8); }, "async_load: addresses are"},
+    {[](const Place& p) { ptx::async_load<4>(p.shared + kShared, p.global); },
+     "which is not in the shared memory of block 0"},
+    {[](const Place& p) { ptx::async_load<4>(p.shared, p.global); }, "exits with async loads that it has not waited"},
     {[](const Place& p) {
        if (!first()) return;
        ptx::mbarrier_arrive_expect_tx(p.barrier, 16);

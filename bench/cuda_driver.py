@@ -1,0 +1,23 @@
+"""Calls of the CUDA driver that torch does not have."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection
+from typing import Any
+
+
+def call(function: str, *arguments: Any, accept: Collection[int] = ()) -> None:
+    """RuntimeError where the driver has no such function, or returns an error that is not in `accept`."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    if not hasattr(driver, function):
+        raise RuntimeError(f"the CUDA driver has no {function}: it is too old")
+    code = getattr(driver, function)(*arguments)
+    if code != 0 and code not in accept:
+        raise RuntimeError(f"{function} failed with error {code} of the CUDA driver")
+
+
+def ordinal_of(device: int) -> ctypes.c_int:
+    ordinal = ctypes.c_int()
+    call("cuDeviceGet", ctypes.byref(ordinal), device)
+    return ordinal
