@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,62 @@ def test_bad_arguments(main: Main, arguments: str, message: str, capsys: pytest.
         main([*TINY.split(), "--backend", "emulated", *arguments.split()])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+class Driver:
+    """Stands in for the CUDA driver: a device of 61 SMs, which come in groups of 8 and more."""
+
+    groups = (8, 9, 10, 11, 12, 8)
+
+    def __init__(self) -> None:
+        self.described: list[list[int]] = []
+
+    def cuDeviceGet(self, ordinal: Any, device: int) -> int:  # noqa: N802
+        ordinal._obj.value = device
+        return 0
+
+    def cuDeviceGetDevResource(self, ordinal: Any, resource: Any, kind: int) -> int:  # noqa: N802
+        assert (ordinal.value, kind) == (1, 1)
+        resource._obj.sm_count, resource._obj.least_sms = 61, 8
+        return 0
+
+    def cuDevSmResourceSplitByCount(self, result: Any, count: Any, whole: Any, *rest: Any) -> int:  # noqa: N802
+        assert whole._obj.sm_count == 61 and rest == (None, 0, 8)
+        count._obj.value = len(self.groups)
+        for group, num_sms in zip(result or (), self.groups, strict=False):
+            group.sm_count = num_sms
+        return 0
+
+    def cuDevResourceGenerateDesc(self, description: Any, groups: Any, count: int) -> int:  # noqa: N802
+        self.described.append([group.sm_count for group in groups])
+        assert count == len(groups)
+        return 0
+
+    def cuGreenCtxCreate(self, *arguments: Any) -> int:  # noqa: N802
+        return 0
+
+    def cuGreenCtxStreamCreate(self, stream: Any, *rest: Any) -> int:  # noqa: N802
+        stream._obj.value = 100 + len(self.described)
+        return 0
+
+    def cuStreamSynchronize(self, stream: Any) -> int:  # noqa: N802
+        return 0 if stream.value == 101 else 700
+
+
+def test_parts_of_a_shared_gpu(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of SMs go round the ranks, as many to each; errors of the driver name the function."""
+    driver = Driver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    partition_streams = runpy.run_path(str(BENCH / "sm_partitions.py"))["partition_streams"]
+    first, second = partition_streams(1, 2)
+    assert driver.described == [[8, 10, 12], [9, 11, 8]]
+    assert (first.num_sms, second.num_sms, first.handle, second.handle) == (30, 28, 101, 102)
+    first.synchronize()
+    with pytest.raises(RuntimeError, match="cuStreamSynchronize failed with error 700"):
+        second.synchronize()
+    monkeypatch.delattr(Driver, "cuGreenCtxCreate")
+    with pytest.raises(RuntimeError, match="the CUDA driver has no cuGreenCtxCreate"):
+        partition_streams(1, 3)
 
 
 @pytest.mark.parametrize("name", ["h200x2-4ranks", "h200x2-4ranks-before"])
