@@ -54,10 +54,12 @@ def enable_peer_access(devices: Sequence[int]) -> None:
     for device in devices:
         torch.cuda.synchronize(device)  # initialises CUDA
         contexts[device] = ctypes.c_void_p()
-        call("cuDevicePrimaryCtxRetain", ctypes.byref(contexts[device]), ordinal_of(device))
+        context = ctypes.byref(contexts[device])
+        call("cuDevicePrimaryCtxRetain", context, ordinal_of(device), of=f"device {device}")
     for device, peer in itertools.permutations(devices, 2):
         call("cuCtxSetCurrent", contexts[device])
-        call("cuCtxEnablePeerAccess", contexts[peer], 0, accept=[_PEER_ACCESS_ALREADY_ENABLED])
+        pair = f"device {device} to device {peer}"
+        call("cuCtxEnablePeerAccess", contexts[peer], 0, accept=[_PEER_ACCESS_ALREADY_ENABLED], of=pair)
 
 
 class EmulatorWatch:

@@ -28,7 +28,7 @@ from generators import LAYOUTS, PAYLOADS, Case, case_on
 import deep_a2a
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MOST_TOKENS, HIDDEN, NUM_SMS = 20, 512, 2  # a kernel takes a hundred times as long
+MOST_TOKENS, HIDDEN, NUM_SMS = 20, 640, 2  # a kernel takes a hundred times as long; scales of a row: 20 bytes
 TIMEOUT_S = 100.0
 
 

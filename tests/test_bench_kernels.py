@@ -99,9 +99,9 @@ def test_bad_arguments(main: Main, arguments: str, message: str, capsys: pytest.
 
 
 class Driver:
-    """Stands in for the CUDA driver: a device of 61 SMs, which come in groups of 8 and more."""
+    """Stands in for the CUDA driver: a device of 69 SMs, which come in seven groups of 8 and more."""
 
-    groups = (8, 9, 10, 11, 12, 8)
+    groups = (8, 9, 10, 11, 12, 8, 9)
 
     def __init__(self) -> None:
         self.described: list[list[int]] = []
@@ -112,43 +112,52 @@ class Driver:
 
     def cuDeviceGetDevResource(self, ordinal: Any, resource: Any, kind: int) -> int:  # noqa: N802
         assert (ordinal.value, kind) == (1, 1)
-        resource._obj.sm_count, resource._obj.least_sms = 61, 8
+        resource._obj.sm_count = 69
         return 0
 
     def cuDevSmResourceSplitByCount(self, result: Any, count: Any, whole: Any, *rest: Any) -> int:  # noqa: N802
-        assert whole._obj.sm_count == 61 and rest == (None, 0, 8)
+        assert whole._obj.sm_count == 69 and rest == (None, 0, 8)
         count._obj.value = len(self.groups)
         for group, num_sms in zip(result or (), self.groups, strict=False):
             group.sm_count = num_sms
         return 0
 
     def cuDevResourceGenerateDesc(self, description: Any, groups: Any, count: int) -> int:  # noqa: N802
-        self.described.append([group.sm_count for group in groups])
         assert count == len(groups)
+        self.described.append([group.sm_count for group in groups])
+        description._obj.value = len(self.described)
         return 0
 
-    def cuGreenCtxCreate(self, *arguments: Any) -> int:  # noqa: N802
+    def cuGreenCtxCreate(self, context: Any, description: Any, ordinal: Any, flags: int) -> int:  # noqa: N802
+        assert (ordinal.value, flags) == (1, 1)
+        context._obj.value = 10 + description.value
         return 0
 
-    def cuGreenCtxStreamCreate(self, stream: Any, *rest: Any) -> int:  # noqa: N802
-        stream._obj.value = 100 + len(self.described)
+    def cuGreenCtxStreamCreate(self, stream: Any, context: Any, flags: int, priority: int) -> int:  # noqa: N802
+        assert (flags, priority) == (1, 0)
+        stream._obj.value = 100 + context.value
         return 0
 
     def cuStreamSynchronize(self, stream: Any) -> int:  # noqa: N802
-        return 0 if stream.value == 101 else 700
+        return 0 if stream.value == 111 else 700
 
 
 def test_parts_of_a_shared_gpu(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of SMs go round the ranks, as many to each; errors of the driver name the function."""
+    """Groups of SMs go round the ranks, as many to each; errors name the option, or the driver's function."""
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    partition_streams = runpy.run_path(str(BENCH / "sm_partitions.py"))["partition_streams"]
+    module = runpy.run_path(str(BENCH / "sm_partitions.py"))
+    resource = module["_Resource"]
+    assert (ctypes.sizeof(resource), resource.sm_count.offset) == (144, 96)  # CUdevResource of cuda.h
+    partition_streams = module["partition_streams"]
     first, second = partition_streams(1, 2)
     assert driver.described == [[8, 10, 12], [9, 11, 8]]
-    assert (first.num_sms, second.num_sms, first.handle, second.handle) == (30, 28, 101, 102)
+    assert (first.num_sms, second.num_sms, first.handle, second.handle) == (30, 28, 111, 112)
     first.synchronize()
     with pytest.raises(RuntimeError, match="cuStreamSynchronize failed with error 700"):
         second.synchronize()
+    with pytest.raises(ValueError, match="devices has device 1 8 times; expected at most 7, the parts of its SMs"):
+        partition_streams(1, 8)
     monkeypatch.delattr(Driver, "cuGreenCtxCreate")
     with pytest.raises(RuntimeError, match="the CUDA driver has no cuGreenCtxCreate"):
         partition_streams(1, 3)

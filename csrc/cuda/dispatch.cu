@@ -4,7 +4,7 @@
 #include "cuda/kernels.cuh"
 #include "cuda/pull.cuh"
 #include "cuda/push.cuh"
-#include "cuda/relay.cuh"
+#include "cuda/rounds.cuh"
 #include "cuda/settle.cuh"
 
 namespace deep_a2a::cuda {

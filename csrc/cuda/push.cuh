@@ -50,7 +50,7 @@ class Pusher {
     const bool wanted = __any_sync(kFullWarp, place >= 0);
     if (lane_idx() == 0) load_payload(token, chunk, stages_.payload(stage), stages_.full + stage, wanted);
     stages_.keep_row(stage, place >= 0 ? place + base_ : -1);
-    if (wanted && chunk == 0) copy_scales(token, stage);
+    if (wanted && chunk == 0) load_scales(token, stage);
     __syncwarp();
   }
 
@@ -65,7 +65,7 @@ class Pusher {
   }
 
   // Given scales lie as the caller likes.
-  __device__ void copy_scales(int token, int stage) const {
+  __device__ void load_scales(int token, int stage) const {
     if (t_.args.scales == nullptr) return;
     const char* from = static_cast<const char*>(t_.args.scales) + token * t_.args.scales_pitch;
     load_bytes(stages_.scales(stage), from, t_.args.format.scale_bytes);

@@ -114,6 +114,8 @@ void Rank::check_dispatch(const DispatchTask& task) const {
                  format.payload_bytes);
   check_argument(format.scale_bytes >= 0 && format.scale_bytes <= s.max_scale_bytes(), "a row of scales has ",
                  format.scale_bytes, " bytes, expected at most ", s.max_scale_bytes());
+  check_argument(task.args.cast == Cast::kNone || task.args.scales == nullptr,
+                 "scales are given with a cast, which makes them, expected none");
 }
 
 void Rank::place_input(cudaStream_t stream, DispatchTask& task) {

@@ -145,8 +145,8 @@ __device__ void move_rows(const Stages& stages, RowTasks& tasks, Fetch&& fetch, 
       });
 }
 
-// A few bytes to shared memory, by a warp, whose lanes have them after an async_wait() each; 16 or 4 at a time where
-// the source allows it.
+// A few bytes to a multiple of 16 in shared memory, by a warp, whose lanes have all of them after an async_wait() each
+// and a __syncwarp(); 16 or 4 at a time where the source allows it.
 __device__ inline void load_bytes(char* to, const char* from, int bytes) {
   const auto alignment = reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
   if (alignment % 16 == 0) {

@@ -98,7 +98,8 @@ void bulk_wait(int num_pending) {
 }
 
 void async_load(void* to_shared, const void* from_global, uint32_t bytes) {
-  Launch::current().preempt();
+  Launch& launch = Launch::current();
+  launch.preempt();
   Thread& self = Launch::self();
   if (!self.block->shared().contains(to_shared, bytes)) {
     throw KernelError(text("async_load: ", bytes, " bytes at ", to_shared, ", which is not in the shared memory of ",
@@ -108,14 +109,21 @@ void async_load(void* to_shared, const void* from_global, uint32_t bytes) {
     throw KernelError(
         text("async_load: addresses are ", to_shared, " and ", from_global, ", expected multiples of ", bytes));
   }
-  self.async_loads.push_back({to_shared, from_global, bytes});
+  const bool at_once = launch.random().once_in(2);
+  if (at_once) memcpy(to_shared, from_global, bytes);
+  self.async_loads.push_back({to_shared, from_global, bytes, at_once});
 }
 
 void async_wait() {
-  Launch::current().preempt();
-  Thread& self = Launch::self();
-  for (const AsyncLoad& load : self.async_loads) memcpy(load.to, load.from, load.bytes);
-  self.async_loads.clear();
+  Launch& launch = Launch::current();
+  launch.preempt();
+  std::vector<AsyncLoad>& loads = Launch::self().async_loads;
+  while (!loads.empty()) {
+    AsyncLoad& load = loads[launch.random().below(static_cast<uint32_t>(loads.size()))];
+    if (!load.is_there) memcpy(load.to, load.from, load.bytes);
+    load = loads.back();
+    loads.pop_back();
+  }
 }
 
 void sync_named(int barrier_idx, unsigned num_threads) {

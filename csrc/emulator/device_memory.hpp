@@ -32,7 +32,7 @@ void bulk_commit();
 void bulk_wait_read(int num_pending);
 void bulk_wait(int num_pending);
 
-// Nothing is there before the wait.
+// They come at once, or when they are waited for, in random order.
 void async_load(void* to_shared, const void* from_global, uint32_t bytes);
 void async_wait();
 

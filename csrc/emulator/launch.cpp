@@ -90,6 +90,7 @@ void Launch::run_thread() {
   try {
     launch.body_();
     launch.copies_.check_exit(thread);
+    if (!thread.async_loads.empty()) throw KernelError("exits with async loads that it has not waited for");
   } catch (const std::exception& error) {
     launch.failure_ = text(thread.block->where(), ", thread ", thread.linear_idx, ": ", error.what());
   }

@@ -31,11 +31,12 @@ struct BulkGroups {
   uint64_t last_used = 0;   // number of the last group with copies
 };
 
-// A few bytes on their way to shared memory.
+// A few bytes to shared memory that have not been waited for.
 struct AsyncLoad {
   void* to;
   const void* from;
   uint32_t bytes;
+  bool is_there;
 };
 
 struct Thread {

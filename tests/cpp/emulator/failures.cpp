@@ -130,7 +130,8 @@ const Case kCases[] = {
      },
      "exits with bulk stores whose bulk_wait has not come"},
     {[](const Place& p) { ptx::async_load<16>(p.shared, p.global + 8); }, "async_load: addresses are"},
-    {[](const Place& p) { ptx::async_load<4>(p.shared + kShared, p.global); },
+    {[](const Place& p) { ptx::async_load<4>(p.shared + 2, p.global); }, "async_load: addresses are"},
+    {[](const Place& p) { ptx::async_load<16>(p.shared + kShared - 136, p.global); },
      "which is not in the shared memory of block 0"},
     {[](const Place& p) { ptx::async_load<4>(p.shared, p.global); }, "exits with async loads that it has not waited"},
     {[](const Place& p) {
