@@ -89,42 +89,20 @@ __global__ void load_early(int* out, const int* in, Mistake mistake) {
   }
 }
 
+enum class Missing : int { kNothing, kWait, kSyncBehind, kSyncBefore };
+
 // Each lane loads a few bytes, its neighbour reads them.
-__global__ void pass_on_loaded(int* out, const int* in, Mistake mistake) {
+__global__ void pass_on_loaded(int* out, const int* in, Missing missing) {
   auto* stage = reinterpret_cast<int*>(ptx::dynamic_shared());
   const int lane = threadIdx.x, next = (lane + 1) % 32;
   for (int row = 0; row < kRows; ++row) {
     ptx::async_load<4>(stage + lane, in + row * 32 + lane);
-    ptx::async_wait();
-    if (mistake == Mistake::kNone) __syncwarp();
+    if (missing != Missing::kWait) ptx::async_wait();
+    if (missing != Missing::kSyncBehind) __syncwarp();
     out[row * 32 + next] = stage[next];
-    __syncwarp();
+    if (missing != Missing::kSyncBefore) __syncwarp();
   }
-}
-
-// The same, and the next bytes are loaded while the neighbour may still read.
-__global__ void load_few_early(int* out, const int* in, Mistake mistake) {
-  auto* stage = reinterpret_cast<int*>(ptx::dynamic_shared());
-  const int lane = threadIdx.x, next = (lane + 1) % 32;
-  for (int row = 0; row < kRows; ++row) {
-    ptx::async_load<4>(stage + lane, in + row * 32 + lane);
-    ptx::async_wait();
-    __syncwarp();
-    out[row * 32 + next] = stage[next];
-    if (mistake == Mistake::kNone) __syncwarp();
-  }
-}
-
-// A lane reads what it has not waited for.
-__global__ void read_few_early(int* out, const int* in, Mistake mistake) {
-  auto* stage = reinterpret_cast<int*>(ptx::dynamic_shared());
-  const int lane = threadIdx.x;
-  for (int row = 0; row < kRows; ++row) {
-    ptx::async_load<4>(stage + lane, in + row * 32 + lane);
-    if (mistake == Mistake::kNone) ptx::async_wait();
-    out[row * 32 + lane] = stage[lane];
-    ptx::async_wait();
-  }
+  ptx::async_wait();
 }
 
 // A lane writes, its neighbour reads.
@@ -202,12 +180,14 @@ void test_races() {
         [&](int* out, Mistake mistake) { return run(expect_half, 1, 32, 1024, out, in.get(), mistake); });
   check("a load without __syncwarp before it", kRows * 32, Expected::kAscending,
         [&](int* out, Mistake mistake) { return run(load_early, 1, 32, 1024, out, in.get(), mistake); });
-  check("async loads without __syncwarp behind them", kRows * 32, Expected::kAscending,
-        [&](int* out, Mistake mistake) { return run(pass_on_loaded, 1, 32, 1024, out, in.get(), mistake); });
-  check("async loads without __syncwarp before them", kRows * 32, Expected::kAscending,
-        [&](int* out, Mistake mistake) { return run(load_few_early, 1, 32, 1024, out, in.get(), mistake); });
-  check("async loads without a wait", kRows * 32, Expected::kAscending,
-        [&](int* out, Mistake mistake) { return run(read_few_early, 1, 32, 1024, out, in.get(), mistake); });
+  const auto check_loaded = [&](const char* what, Missing missing) {
+    check(what, kRows * 32, Expected::kAscending, [&](int* out, Mistake mistake) {
+      return run(pass_on_loaded, 1, 32, 1024, out, in.get(), mistake == Mistake::kNone ? Missing::kNothing : missing);
+    });
+  };
+  check_loaded("async loads without a wait", Missing::kWait);
+  check_loaded("async loads without __syncwarp behind them", Missing::kSyncBehind);
+  check_loaded("async loads without __syncwarp before them", Missing::kSyncBefore);
   check("a missing __syncthreads", 128, Expected::kNext,
         [&](int* out, Mistake mistake) { return run(pass_on, 1, 128, 1024, out, mistake); });
 }
