@@ -81,25 +81,24 @@ __device__ void cast_row(const char* from, char* to, char* scales, int channels,
     const int piece = (i + group_idx) % kLanePieces * kGroupLanes + lane_of_group;
     return group_channel + piece * kCastChannels;
   };
-  const auto load = [&](uint4(&pieces)[kLanePieces]) {
+  const auto load = [&](uint4(&pieces)[kLanePieces], int ahead) {
 #pragma unroll
     for (int i = 0; i < kLanePieces; ++i) {
       pieces[i] = make_uint4(0, 0, 0, 0);
-      if (channel_of(i) < channels) pieces[i] = *reinterpret_cast<const uint4*>(from + channel_of(i) * 2);
+      const int channel = channel_of(i) + ahead;
+      if (channel < channels) pieces[i] = *reinterpret_cast<const uint4*>(from + channel * 2);
     }
   };
   uint4 next[kLanePieces];
-  if constexpr (kLoads == CastLoads::kAhead) load(next);
+  if constexpr (kLoads == CastLoads::kAhead) load(next, 0);
   for (int first = 0; first < channels; first += kStep) {
     uint4 pieces[kLanePieces];
     if constexpr (kLoads == CastLoads::kAhead) {
 #pragma unroll
       for (int i = 0; i < kLanePieces; ++i) pieces[i] = next[i];
-      group_channel += kStep;
-      load(next);
-      group_channel -= kStep;
+      load(next, kStep);
     } else {
-      load(pieces);
+      load(pieces, 0);
     }
     uint32_t most = 0;
 #pragma unroll

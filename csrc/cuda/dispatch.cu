@@ -119,10 +119,7 @@ __device__ void d4_offer_rows(const Context& c, const DispatchTask& t) {
   d4_prepare_input(c, t);
   __syncthreads();
   if (warp_idx() != num_warps() - 2) return;
-  const bool is_last = lane_idx() == 0 && grid_arrive(c.control.grid.recorded) == gridDim.x - 1;
-  const bool tells = __any_sync(kFullWarp, is_last) != 0;
-  __syncwarp();
-  if (tells) warp_signals_node(c, Region::kRoutesFlag);
+  if (last_warp(c.shared.recorded, 1, c.control.grid.recorded)) warp_signals_node(c, Region::kRoutesFlag);
 }
 
 // D0 to D2, and what of D4 needs no base.

@@ -56,10 +56,8 @@ DispatchPlan plan_dispatch(const Shape& s, const DispatchArgs& args, const Devic
 
   const int64_t counters = (int64_t{s.num_experts} + s.topology.num_ranks + streams) * 4;  // of a warp
   // Eight lanes, each at the same word of a token of its own, find eight banks.
-  const int64_t record =
-      (s.row_per_expert() ? RouteRecord::bytes(s) : ceil_div(s.num_topk * 4, kRowAlignment) * kRowAlignment) /
-      kRowAlignment;
-  plan.image_bytes = static_cast<int>(record % 2 == 0 ? record + 1 : record) * kRowAlignment;
+  const int64_t image = s.row_per_expert() ? RouteRecord::bytes(s) : align_up<int64_t>(s.num_topk * 4, kRowAlignment);
+  plan.image_bytes = static_cast<int>(image / kRowAlignment % 2 == 0 ? image + kRowAlignment : image);
   const int64_t counting = counters + int64_t{kWarpThreads} * plan.image_bytes;  // with its batch of records
   const int64_t counted = counters + CountVector::bytes(s) + kRowAlignment;      // of all warps
   const int64_t bases = (int64_t{s.num_experts} + 2 * s.topology.num_ranks + s.topology.ranks_per_node) * 4;
